@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other programs call, and the command line, too: a ``Toolstack`` of one host, and its ``Guest``s."""
+
+from __future__ import annotations
+
+import os
+
+from depriv import lifecycle
+from depriv.config import Domain
+from depriv.console import Console
+from depriv.errors import ConfigError, DeprivError, HostError
+from depriv.host import CACHE_DIR, STATE_DIR
+from depriv.planner import plan
+from depriv.records import Record
+from depriv.registry import Registry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.lifecycle import Started
+    from depriv.planner import Launch
+    from depriv.registry import Entry
+    from depriv.report import AuditReport
+    from depriv.spawn import Jail
+
+_CONFIG_BYTES_MAX = 1 << 20
+
+
+class Row(Record):
+    """One line of ``list``: what is known of a domain without trusting it."""
+
+    name: str
+    domid: int
+    state: str  # "starting", "running", "paused", "shutdown", "crashed", "hung" or "dead"
+    pid: int  # QEMU's, on the host; 0: not started
+    uid: int
+    gid: int
+    memory_mib: int
+    vcpus: int
+    accel: str
+    dm_restrict: bool
+    created_at_s: int
+
+
+class Guest:
+    """One domain that exists. Holds no resource: a program that ends leaves its guests running."""
+
+    def __init__(self, entry: Entry, registry: Registry) -> None:
+        """Take the entry; made by :class:`Toolstack`."""
+        self._entry = entry
+        self._registry = registry
+
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self._entry.name
+
+    @property
+    def domid(self) -> int:
+        """The domain's number on this host."""
+        return self._entry.domid
+
+    def row(self) -> Row:
+        """Return how it is now. Takes at most two seconds, however QEMU behaves."""
+        entry = self._entry
+        return Row(
+            name=entry.name,
+            domid=entry.domid,
+            state=lifecycle.state_of(entry, self._registry),
+            pid=entry.expected.pid if entry.expected else 0,
+            uid=entry.uid,
+            gid=entry.gid,
+            memory_mib=entry.memory_mib,
+            vcpus=entry.vcpus,
+            accel=entry.accel,
+            dm_restrict=entry.restricted,
+            created_at_s=entry.created_at_s,
+        )
+
+    def audit(self) -> AuditReport:
+        """Return whether its restrictions hold now, as the kernel sees it.
+
+        Raises:
+            HostError: it has not started, or this is not root.
+        """
+        return lifecycle.audit_domain(self._entry, self._registry)
+
+    def console(self) -> bytes:
+        """Return what the guest has written to its serial port: the last MiB of it, as it came.
+
+        Raises:
+            MonitorError: QEMU does not answer, and nothing had been read from it before.
+        """
+        with self._registry.locked_domain(self._entry.domid):
+            return Console(self._registry.directory(self._entry.domid)).read()
+
+    def destroy(self) -> None:
+        """End it and everything of it, verified.
+
+        Raises:
+            DeprivError: something of it does not die; the domain stays listed.
+        """
+        lifecycle.destroy(self._entry, self._registry)
+
+
+class Toolstack:
+    """The domains of this host. Several programs may have one at the same time."""
+
+    def __init__(self, *, state_dir: str = STATE_DIR, cache_dir: str = CACHE_DIR) -> None:
+        """Take the folders; nothing is touched yet."""
+        self.registry = Registry(state_dir)
+        self._cache_dir = cache_dir
+
+    def plan(self, config: Domain) -> Launch:
+        """Return how ``config`` would be started. Touches nothing, needs no root.
+
+        Raises:
+            ConfigError, PlanError: it would not start, and why.
+        """
+        from depriv.detect import look  # noqa: PLC0415 (not on the path of list, console, audit)
+
+        try:
+            holdings = tuple(entry.holding for entry in self.registry.entries())
+            domid = self.registry.next_domid()
+        except HostError:
+            if os.geteuid() == 0:
+                raise
+            holdings, domid = (), 1  # only root sees who else there is
+        host = look(
+            config, domid=domid, holdings=holdings, state_dir=self.registry.folder, cache_dir=self._cache_dir
+        )
+        return plan(config, host)
+
+    def create(
+        self,
+        config: Domain,
+        *,
+        paused: bool = False,
+        warn: Callable[[str], None] = lambda _text: None,
+        jail: Jail | None = None,
+    ) -> Guest:
+        """Start a domain and return it, confined and audited; its guest runs unless ``paused``.
+
+        Raises:
+            DeprivError: it did not start, why, and what to do. Nothing is left of it.
+        """
+        started = self.start(config, paused=paused, warn=warn, jail=jail)
+        return Guest(started.entry, self.registry)
+
+    def start(
+        self,
+        config: Domain,
+        *,
+        paused: bool = False,
+        warn: Callable[[str], None] = lambda _text: None,
+        jail: Jail | None = None,
+    ) -> Started:
+        """Do what ``create`` does and return all there is to know of the start: audit and times."""
+        return lifecycle.create(
+            config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail
+        )
+
+    def guests(self) -> tuple[Guest, ...]:
+        """Return every domain, in order of domid."""
+        return tuple(Guest(entry, self.registry) for entry in self.registry.entries())
+
+    def guest(self, name: str) -> Guest:
+        """Return a domain by name or domid.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return Guest(self.registry.find(name), self.registry)
+
+
+def audit_process(pid: int, host: Toolstack) -> AuditReport:
+    """Audit any process of this host: against what was written down if it is a domain's QEMU, else as any QEMU.
+
+    Raises:
+        HostError: this is not root.
+    """
+    from depriv.audit import audit  # noqa: PLC0415 (not on the path of create)
+
+    for guest in host.guests():
+        if guest.row().pid == pid:
+            return guest.audit()
+    return audit(pid, expected=None)
+
+
+def load(path: str, arguments: tuple[str, ...] = ()) -> Domain:
+    """Return the configuration in a file, with ``key=value`` arguments after it.
+
+    Raises:
+        ConfigError: the file cannot be read or is wrong: where, and what to do.
+    """
+    from depriv.xlconfig import load_domain  # noqa: PLC0415 (a program may have no file)
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            text = os.read(fd, _CONFIG_BYTES_MAX + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", cause=error.strerror or "", fix="name a readable file") from error
+    return load_domain(text, source=path, arguments=arguments)
+
+
+__all__ = ["DeprivError", "Guest", "Row", "Toolstack", "audit_process", "load"]

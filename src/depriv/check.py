@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be true of any plan. Run by the planner when it makes one and by the jail before it does one. Pure."""
+
+from __future__ import annotations
+
+from depriv import steps
+from depriv.steps import NAMESPACES, Plan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from depriv.steps import Step
+
+# QEMU's own filter, every group denied. Possible only because QEMU never is root: with -runas or -chroot in QEMU
+# "elevateprivileges" would have to be allowed. Source: qemu-seccomp.c, QEMU 7.2.
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# Every plan that restricts a device model has each of these exactly once...
+_ONCE = (
+    steps.MakeCgroup,
+    steps.Unshare,
+    steps.MakeRoot,
+    steps.PivotRoot,
+    steps.SetHostname,
+    steps.BecomeInit,
+    steps.NewUser,
+    steps.DropCapabilities,
+    steps.SetIds,
+    steps.NoNewPrivs,
+    steps.Execute,
+)
+# ... and with dm_restrict=0 these remain: never root, no capability, killed whole.
+_ONCE_UNRESTRICTED = (
+    steps.MakeCgroup,
+    steps.BecomeInit,
+    steps.DropCapabilities,
+    steps.SetIds,
+    steps.NoNewPrivs,
+    steps.Execute,
+)
+_LIMITS = ("AS", "CORE", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RTPRIO", "SIGPENDING")
+UID_MIN = 1000  # below are root and the system's users (login.defs SYS_UID_MAX)
+_NEVER_UIDS = (65534, 65535, 0xFFFFFFFE, 0xFFFFFFFF)  # nobody; (uid_t)-1 in 16 and 32 bits
+
+
+def check(plan: Plan) -> None:
+    """Raise ``ValueError`` with one sentence if a plan would do, or leave out, what no plan may."""
+    if not plan.domain or "/" in plan.domain or "\0" in plan.domain:
+        raise ValueError("the plan names no domain")
+    if not plan.steps:
+        raise ValueError("the plan is empty")
+    for step in (*plan.steps, *plan.after):
+        _check_ids(step)
+        _check_paths(step)
+    _check_order(plan)
+    if isinstance(plan.steps[-1], steps.Reap):
+        if len(plan.steps) != 1 or plan.after:
+            raise ValueError("a plan that only reaps has no other step")
+        return
+    _check_once(plan)
+    _check_execute(plan)
+    if plan.restricted:
+        _check_restricted(plan)
+
+
+def _check_ids(step: Step) -> None:
+    """Refuse every uid and gid that a device model may never have."""
+    values = step.as_dict()
+    for name in ("uid", "gid", "reaper_uid"):
+        value = values.get(name, UID_MIN)
+        node = isinstance(step, (steps.MakeNode, steps.CopyFile)) and value == 0
+        if not node and (not UID_MIN <= value < 0xFFFFFFFE or value in _NEVER_UIDS):
+            raise ValueError(f"{type(step).__name__}: {name} {value} is no device model's")
+    if isinstance(step, steps.Reap) and step.uid == step.reaper_uid:
+        raise ValueError("the reaper has the uid of what it kills: it could be killed first")
+
+
+def _check_paths(step: Step) -> None:
+    """Refuse relative paths, dots and NUL in every path of a step."""
+    values = step.as_dict()
+    paths: list[str] = [values[name] for name in ("path", "source", "mountpoint", "lock") if name in values]
+    if isinstance(step, steps.BindTree):
+        paths.append(step.target)
+    if isinstance(step, steps.EmptyRoot):
+        paths += [*step.detach, *step.remove]
+    for path in paths:
+        parts = path.split("/")
+        if not path.startswith("/") or "\0" in path or ".." in parts or "." in parts:
+            raise ValueError(f"{type(step).__name__}: {path!r} is not an absolute, plain path")
+
+
+def _check_order(plan: Plan) -> None:
+    """Hold the steps to the one order in which each still has the privilege it needs.
+
+    Reap first, while the uid is nobody's. Files are opened while the host is visible. The cgroup directory is made
+    while cgroupfs is. Namespaces before mounts, so that the host sees none of them. The user namespace last of the
+    namespaces, so that whoever is root in it owns none of the others. Bounding set and securebits before the ids,
+    while CAP_SETPCAP is held. no_new_privs and exec at the end.
+    """
+    ranks = [steps.ALL.index(type(step)) for step in plan.steps]
+    # MakeDir, MakeLink, MakeNode, BindTree and MakePrivate build the root in any order among themselves.
+    low, high = steps.ALL.index(steps.MakeDir), steps.ALL.index(steps.CopyFile)
+    flat = [low if low <= rank <= high else rank for rank in ranks]
+    if flat != sorted(flat):
+        raise ValueError("the steps are not in the order in which each has the privilege it needs")
+    if any(not isinstance(step, steps.EmptyRoot) for step in plan.after):
+        raise ValueError("after the start, a plan only empties the root")
+
+
+def _check_once(plan: Plan) -> None:
+    kinds = [type(step) for step in plan.steps]
+    for kind in _ONCE if plan.restricted else _ONCE_UNRESTRICTED:
+        if kinds.count(kind) != 1:
+            raise ValueError(f"a plan has the step {kind.__name__} exactly once, this one {kinds.count(kind)} times")
+    if kinds.count(steps.Reap) != (0 if plan.shared else 1):
+        raise ValueError("a uid is reaped before its use, once, unless another domain shares it")
+    if not isinstance(plan.steps[-1], steps.Execute):
+        raise ValueError("a plan ends with Execute")
+
+
+def _check_execute(plan: Plan) -> None:
+    """One uid and gid throughout; every descriptor once; QEMU starts stopped."""
+    ids = {(step.uid, step.gid) for step in plan.steps if isinstance(step, (steps.NewUser, steps.SetIds))}
+    reaped = {step.uid for step in plan.steps if isinstance(step, steps.Reap)}
+    if len(ids) != 1 or not reaped <= {uid for uid, _ in ids}:
+        raise ValueError("the steps name more than one uid or gid")
+    numbers: list[int] = []
+    for step in plan.steps:
+        if isinstance(step, steps.MakeFifo):
+            numbers += step.numbers
+        if isinstance(step, (steps.OpenFile, steps.ListenUnix)) and step.number >= 0:
+            numbers.append(step.number)
+        if isinstance(step, steps.OpenFile) and (step.access not in ("ro", "rw") or step.kind not in _KINDS):
+            raise ValueError(f"{step.role}: access {step.access!r} or kind {step.kind!r} is none we know")
+    if len(numbers) != len(set(numbers)) or not {0, 1, 2} <= set(numbers) or max(numbers) > _FD_MAX:
+        raise ValueError("the descriptors are not distinct, or 0, 1 and 2 are not all given")
+    execute = plan.steps[-1]
+    if isinstance(execute, steps.Execute) and (not execute.argv or execute.argv.count("-S") != 1):
+        raise ValueError("QEMU has to start stopped: -S")
+
+
+_KINDS = ("file", "block", "char")
+_FD_MAX = 99  # the jail keeps its own descriptors above
+
+
+def _check_restricted(plan: Plan) -> None:
+    """What dm_restrict=1 promises is in the plan."""
+    limits: list[str] = []
+    detached: set[str] = set()
+    mounted: set[str] = set()
+    for step in (*plan.steps, *plan.after):
+        match step:
+            case steps.Unshare() if set(step.namespaces) != set(NAMESPACES):
+                raise ValueError(f"Unshare has to name {' '.join(NAMESPACES)}")
+            case steps.SetLimit():
+                limits.append(step.name)
+            case steps.BindTree():
+                mounted.add(step.target)
+            case steps.MakePrivate():
+                mounted.add(step.path)
+            case steps.EmptyRoot():
+                detached.update(step.detach)
+            case steps.Execute():
+                _check_argv(step.argv)
+            case _:
+                pass
+    if sorted(limits) != sorted(_LIMITS):
+        raise ValueError(f"the limits have to be {' '.join(_LIMITS)}, each once")
+    if mounted != detached:
+        raise ValueError("what is mounted in the root and what is detached after the start differ")
+
+
+def _check_argv(argv: tuple[str, ...]) -> None:
+    for option in ("-nodefaults", "-no-user-config", "-sandbox"):
+        if argv.count(option) != 1:
+            raise ValueError(f"QEMU's command line has {option} exactly once")
+    if argv[argv.index("-sandbox") + 1 : argv.index("-sandbox") + 2] != (SANDBOX,):
+        raise ValueError("-sandbox has to deny every group")

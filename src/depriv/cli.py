@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: words in, calls of :mod:`depriv.api`, answers out. The only place that prints and exits.
+
+Exit statuses: 0 done, 1 the answer is no (`audit`, `doctor`), 2 usage or configuration, 125 not started or not done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from depriv.errors import ConfigError, DeprivError, render
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from depriv.config import Domain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(words)
+    try:
+        act: Callable[[argparse.Namespace], int] = arguments.act
+        return act(arguments)
+    except DeprivError as error:
+        print(render(error), file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        # The reader has seen enough: no more output, and no complaint from the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; the man page lists the same verbs and options (a test compares them)."""
+    top = argparse.ArgumentParser(
+        prog="depriv", allow_abbrev=False, description="Run QEMU with nothing to gain from taking it over."
+    )
+    top.add_argument("--version", action="version", version="depriv 0.1.0")
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        made.set_defaults(act=act)
+        return made
+
+    as_json = {"action": "store_true", "help": "print JSON"}
+    for name, text, act in (
+        ("check", "read a configuration, say what is wrong with it", check),
+        ("plan", "show what create would do, and touch nothing", show_plan),
+        ("create", "start a domain, confined and audited", create),
+    ):
+        made = verb(name, text, act)
+        made.add_argument("file", metavar="FILE", help="configuration, see depriv.cfg(5)")
+        made.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="as if at the end of the file")
+        if name == "plan":
+            made.add_argument("--json", **as_json)  # type: ignore[arg-type]
+        if name == "create":
+            made.add_argument("-p", "--paused", action="store_true", help="stop before the first instruction")
+    made = verb("list", "list the domains of this host", show_list)
+    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all")
+    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
+    made = verb("console", "print what a guest has written to its serial port", console)
+    made.add_argument("name", metavar="NAME", help="name or domid")
+    made.add_argument("--dump", action="store_true", required=True, help="print what there is and end")
+    made = verb("audit", "ask the kernel whether every restriction holds", audit)
+    made.add_argument("name", metavar="NAME", nargs="?", help="name or domid")
+    made.add_argument("--pid", type=int, metavar="N", help="any process of this host instead")
+    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
+    made = verb("destroy", "end a domain at once, and see that nothing is left", destroy)
+    made.add_argument("name", metavar="NAME", help="name or domid")
+    made = verb("doctor", "say what this host lacks, and what fixes it", doctor)
+    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
+    made = verb("setup", "make the users that device models run as", setup)
+    made.add_argument("--dry-run", action="store_true", help="only print the commands")
+    made.add_argument("--remove", action="store_true", help="remove the users that it made")
+    verb("demo", "run a demonstration guest, show its audit, end it", demo)
+    return top
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print what the configuration comes to, key by key where there is something to say."""
+    config = _load(arguments)
+    for note in config.notes:
+        place = f"{arguments.file}:{note.line}:{note.column}: " if note.line else ""
+        print(f"{place}{'warning' if note.warning else 'note'}: {note.text}")
+    disks = ", ".join(disk.vdev for disk in config.disks) or "none"
+    print(
+        f"{arguments.file}: {config.name}: {config.memory_mib} MiB, {config.vcpus} vCPU, {config.machine}, disks {disks}"
+    )
+    return 0
+
+
+def show_plan(arguments: argparse.Namespace) -> int:
+    """Print everything that a start would open, unshare, drop and execute."""
+    from depriv.api import Toolstack
+    from depriv.codec import as_json
+    from depriv.steps import Execute, describe
+
+    config = _load(arguments)
+    launch = Toolstack().plan(config)
+    plan = launch.plan
+    if arguments.json:
+        data = {
+            "domain": plan.domain,
+            "dm_restrict": plan.restricted,
+            "identity": launch.identity.as_dict(),
+            "accel": launch.accel,
+            "runtime": launch.runtime,
+            "steps": [as_json(step) for step in plan.steps],
+            "after": [as_json(step) for step in plan.after],
+            "warnings": list(launch.warnings),
+        }
+        print(json.dumps(data, indent=2))
+        return 0
+    for text in launch.warnings:
+        print(f"warning: {text}")
+    print(f"{plan.domain} would run as {launch.identity.uid}:{launch.identity.gid} ({launch.identity.how}) with {launch.accel}:")
+    for number, step in enumerate(plan.steps, 1):
+        print(f"{number:3}. {describe(step)}")
+    execute = plan.steps[-1]
+    if isinstance(execute, Execute):
+        print("     " + " ".join(_quoted(word) for word in execute.argv))
+        print("     with the environment " + " ".join(execute.environ))
+    for number, step in enumerate(plan.after, len(plan.steps) + 1):
+        print(f"{number:3}. when QEMU waits to run the guest: {describe(step)}")
+    print(f"{len(plan.steps) + len(plan.after) + 1:3}. audit it, and only if every check holds let the guest run")
+    return 0
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """Start a domain. The jail's interpreter starts while this one still reads the configuration."""
+    from depriv.spawn import Jail
+
+    with Jail() as jail:
+        from depriv.api import Toolstack
+
+        config = _load(arguments)
+        started = Toolstack().start(config, paused=arguments.paused, warn=_warn, jail=jail)
+    entry = started.entry
+    held = sum(item.holds for item in started.report.checks)
+    print(
+        f"{entry.name}: domid {entry.domid}, uid {entry.uid}, {'paused' if arguments.paused else 'running'}; "
+        f"{held} of {len(started.report.checks)} checks hold"
+    )
+    if os.environ.get("DEPRIV_TIMES"):
+        from depriv.report import times_text
+
+        print(times_text(started.times), file=sys.stderr)
+    return 0
+
+
+def show_list(arguments: argparse.Namespace) -> int:
+    """Print one line per domain; a dm_restrict that is off stands out."""
+    from depriv.api import Toolstack
+
+    host = Toolstack()
+    guests = [host.guest(name) for name in arguments.names] if arguments.names else host.guests()
+    rows = [guest.row() for guest in guests]
+    if arguments.json:
+        print(json.dumps([row.as_dict() for row in rows], indent=2))
+        return 0
+    print(f"{'Name':<24} {'ID':>5} {'State':<9} {'PID':>8} {'UID':>10} {'GID':>10} {'Mem':>6} {'VCPUs':>5} dm_restrict")
+    for row in rows:
+        restrict = "on" if row.dm_restrict else "OFF"
+        print(
+            f"{row.name:<24} {row.domid:>5} {row.state:<9} {row.pid:>8} {row.uid:>10} {row.gid:>10} "
+            f"{row.memory_mib:>6} {row.vcpus:>5} {restrict}"
+        )
+    return 0
+
+
+def console(arguments: argparse.Namespace) -> int:
+    """Print the console's buffer: as it came into a file or pipe, made safe on a terminal."""
+    from depriv.api import Toolstack
+    from depriv.text import console_safe
+
+    data = Toolstack().guest(arguments.name).console()
+    text = console_safe(data)
+    print(text, end="" if text.endswith("\n") or not text else "\n")
+    return 0
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """Print every check; 1 if one does not hold."""
+    from depriv.api import Toolstack, audit_process
+
+    if (arguments.name is None) == (arguments.pid is None):
+        raise ConfigError("audit takes a domain's name, or --pid and a process number", fix="see depriv audit --help")
+    host = Toolstack()
+    report = host.guest(arguments.name).audit() if arguments.pid is None else audit_process(arguments.pid, host)
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else report.to_text())
+    return 0 if report.holds else 1
+
+
+def destroy(arguments: argparse.Namespace) -> int:
+    """End a domain."""
+    from depriv.api import Toolstack
+
+    Toolstack().guest(arguments.name).destroy()
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what the host has and lacks; 1 if something needed is missing."""
+    from depriv.doctor import diagnose, is_fit, to_json, to_text
+
+    findings = diagnose()
+    print(to_json(findings) if arguments.json else to_text(findings))
+    return 0 if is_fit(findings) else 1
+
+
+def setup(arguments: argparse.Namespace) -> int:
+    """Make or remove the users."""
+    from depriv.setup import remove_setup, run_setup
+
+    act = remove_setup if arguments.remove else run_setup
+    print(act(dry_run=arguments.dry_run))
+    return 0
+
+
+def demo(_arguments: argparse.Namespace) -> int:
+    """Run the demonstration."""
+    from depriv.demo import run
+
+    return run(say=lambda text: print(text, flush=True))
+
+
+def _load(arguments: argparse.Namespace) -> Domain:
+    from depriv.api import load
+
+    return load(arguments.file, tuple(arguments.settings))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _quoted(word: str) -> str:
+    plain = all(char.isalnum() or char in "-_./:=,+@%" for char in word)
+    return word if plain and word else "'" + word.replace("'", "'\\''") + "'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest has written to its serial port.
+
+QEMU keeps the last MiB in memory (a ringbuf chardev), so that nothing of ours has to run beside the guest, and a
+guest that writes without end neither fills a disk nor waits. Reading takes it out of QEMU; what was read is kept
+beside the domain's state, the last MiB of it. See docs/adr/0005.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+
+from depriv.errors import MonitorError
+from depriv.qemu.cmdline import CONSOLE_BYTES
+from depriv.qmp import Monitor
+
+_CHUNK = 256 * 1024
+_TIMEOUT_S = 5.0
+
+
+class Console:
+    """The console of one domain; its lock must be held."""
+
+    def __init__(self, directory: str) -> None:
+        """Take the domain's folder."""
+        self._saved = f"{directory}/console"
+        self._qmp = f"{directory}/qmp"
+
+    def read(self) -> bytes:
+        """Return all there is, oldest first.
+
+        Raises:
+            MonitorError: QEMU does not answer, and nothing had been read from it before.
+        """
+        kept = self._load()
+        try:
+            fresh = self._drain()
+        except MonitorError:
+            if not kept:
+                raise
+            return kept  # QEMU is dead or hangs: what it said before is what there is
+        if fresh:
+            kept = (kept + fresh)[-CONSOLE_BYTES:]
+            self._save(kept)
+        return kept
+
+    def _drain(self) -> bytes:
+        """Take out what QEMU holds; at most once around the ring, however fast the guest writes on."""
+        fresh = b""
+        with Monitor.connect(self._qmp, timeout_s=_TIMEOUT_S) as monitor:
+            while len(fresh) < CONSOLE_BYTES:
+                arguments: dict[str, object] = {"device": "console", "size": _CHUNK, "format": "base64"}
+                reply = monitor.execute("ringbuf-read", arguments, timeout_s=_TIMEOUT_S)
+                try:
+                    chunk = base64.b64decode(reply if isinstance(reply, str) else "?", validate=True)
+                except binascii.Error as error:
+                    raise MonitorError("ringbuf-read: QEMU answers what is no base64") from error
+                if not chunk:
+                    break
+                fresh += chunk
+        return fresh
+
+    def _load(self) -> bytes:
+        try:
+            fd = os.open(self._saved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.read(fd, CONSOLE_BYTES)
+        finally:
+            os.close(fd)
+
+    def _save(self, data: bytes) -> None:
+        beside = f"{self._saved}.new"
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+        os.rename(beside, self._saved)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What planning may know about the host: facts, read by :mod:`depriv.detect` or from a recorded file. Pure."""
+
+from __future__ import annotations
+
+from depriv.identity import Accounts
+from depriv.records import Record
+
+STATE_DIR = "/run/depriv"
+CACHE_DIR = "/var/cache/depriv"
+
+
+class Program(Record):
+    """The QEMU binary: where it is, and which one exactly."""
+
+    path: str  # with symbolic links resolved
+    dev: int = 0
+    ino: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    problem: str = ""  # why it cannot be used; "" if nothing is known against it
+
+
+class FileFacts(Record):
+    """One file that the configuration names, looked at without being changed."""
+
+    path: str
+    kind: str  # "file", "block", "char", "fifo", "socket", "directory", "symlink", "missing", "unreadable"
+    dev: int = 0
+    ino: int = 0
+    rdev: int = 0
+    size: int = 0  # bytes; of a block device its capacity
+    detail: str = ""  # of "missing" and "unreadable": the reason; of "symlink": where it leads
+    magic: str = ""  # "qcow2", "qcow", "vmdk", "vhd", "qed", "luks", "bzimage", "elf" or ""
+    virtual_size: int = 0  # qcow2: bytes that the guest sees
+    cluster_size: int = 0  # qcow2
+    backing: str = ""  # qcow2: backing file named in the header; never followed
+    data_file: bool = False  # qcow2: an external data file is named
+    encrypted: bool = False  # qcow2: needs a key
+
+
+class Holding(Record):
+    """A domain that exists, and what it holds."""
+
+    name: str
+    domid: int
+    uid: int
+    gid: int
+    images: tuple[tuple[int, int, int, bool], ...] = ()  # st_dev, st_ino, st_rdev, writable
+
+
+class Host(Record):
+    """The facts of one host at one moment."""
+
+    root: bool
+    program: Program
+    accounts: Accounts
+    files: tuple[FileFacts, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    domid: int = 1  # the next free one
+    memory_mib: int = 0  # total; 0: not known
+    cpus: int = 1
+    kvm: bool = False  # hardware virtualisation that can run a guest
+    kvm_node: tuple[int, int] = (0, 0)  # device number of /dev/kvm; 0, 0: there is none
+    xen: bool = False
+    cgroup_dir: str = ""  # where domains get their cgroups; "": no cgroup file system is mounted
+    root_dirs: tuple[str, ...] = ("usr",)  # top-level folders that a program's files lie in
+    root_links: tuple[tuple[str, str], ...] = ()  # top-level symbolic links of the host: name, target
+    utc_offset_s: int = 0
+    state_dir: str = STATE_DIR
+    cache_dir: str = CACHE_DIR
+
+    def file(self, path: str) -> FileFacts:
+        """Return the facts of one file; one that was not looked at is missing."""
+        for facts in self.files:
+            if facts.path == path:
+                return facts
+        return FileFacts(path=path, kind="missing", detail="not looked at")

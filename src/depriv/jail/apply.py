@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function per step of a plan. No decisions, no fallback, no retry: the first failure ends the jail."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import socket
+import stat
+
+from depriv import steps
+from depriv.jail import sys
+from depriv.jail.reap import reap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from depriv.steps import Step
+
+_OWN_FDS = 100  # granted descriptors wait above this number until exec puts them at theirs
+_KINDS = {"file": stat.S_ISREG, "block": stat.S_ISBLK, "char": stat.S_ISCHR}
+
+
+class State:
+    """What the steps of one plan share: open descriptors, and where the root is being built."""
+
+    def __init__(self, handshake: socket.socket) -> None:
+        """Take the socket over which the child asks its parent to write its uid map."""
+        # Out of the way, too: exec has to be able to fail aloud after every number below is taken.
+        self.handshake = socket.socket(fileno=fcntl.fcntl(handshake, fcntl.F_DUPFD_CLOEXEC, _OWN_FDS))
+        handshake.close()
+        self.opened: dict[str, int] = {}  # role -> descriptor
+        self.granted: dict[int, int] = {}  # number in QEMU -> descriptor
+        self.root = ""  # where the new root is mounted; "" once it is the root
+        self.cgroup_procs = -1
+        self.late_namespaces = 0  # left by the child itself
+        # Both are needed when /proc is no longer to be seen.
+        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
+            self.last_cap = int(file.read())
+
+
+def apply(step: Step, state: State) -> None:  # noqa: C901, PLR0912 (one call per step, flat)
+    """Do one step in this process, which must be single-threaded.
+
+    Raises:
+        OSError: the kernel refused; the process must end, never go on.
+        ValueError: a file is not the one that was planned for.
+    """
+    match step:
+        case steps.Reap():
+            reap(step)
+        case steps.OpenFile():
+            open_file(step, state)
+        case steps.ListenUnix():
+            listen_unix(step, state)
+        case steps.MakeFifo():
+            make_fifo(step, state)
+        case steps.MakeCgroup():
+            make_cgroup(step, state)
+        case steps.Unshare():
+            unshare(step, state)
+        case steps.MakeRoot():
+            make_root(step, state)
+        case steps.MakeDir():
+            os.mkdir(state.root + step.path, 0o755)
+        case steps.MakeLink():
+            os.symlink(step.target, state.root + step.path)
+        case steps.MakeNode():
+            make_node(step, state)
+        case steps.BindTree():
+            bind_tree(step, state)
+        case steps.MakePrivate():
+            flags = sys.MS_NOSUID | sys.MS_NODEV | sys.MS_NOEXEC
+            sys.mount("private", state.root + step.path, "tmpfs", flags, f"mode=755,size={step.size_kib}k")
+        case steps.CopyFile():
+            copy_file(step, state)
+        case steps.PivotRoot():
+            pivot_root(state)
+        case steps.SetHostname():
+            sys.sethostname(step.name)
+        case steps.BecomeInit():
+            become_init(state)
+        case steps.SetLimit():
+            set_limit(step)
+        case steps.NewUser():
+            new_user(state)
+        case steps.DropCapabilities():
+            drop_capabilities(state)
+        case steps.SetIds():
+            set_ids(step)
+        case steps.NoNewPrivs():
+            no_new_privs()
+        case steps.Execute():
+            execute(step, state)
+        case steps.EmptyRoot():
+            empty_root(step)
+
+
+def _keep(fd: int, role: str, number: int, state: State) -> None:
+    """Move a descriptor out of the way of the numbers that QEMU gets, and remember whose it is."""
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OWN_FDS)
+    os.close(fd)
+    state.opened[role] = high
+    if number >= 0:
+        state.granted[number] = high
+
+
+def open_file(step: steps.OpenFile, state: State) -> None:
+    """Open without following a symbolic link and without waiting (a FIFO would), then look what it is."""
+    access = {"ro": os.O_RDONLY, "rw": os.O_RDWR}[step.access]
+    fd = os.open(step.path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+    have = os.fstat(fd)
+    same_file = (step.dev, step.ino) in ((0, 0), (have.st_dev, have.st_ino))
+    if not _KINDS[step.kind](have.st_mode) or not same_file or step.rdev not in (0, have.st_rdev):
+        os.close(fd)
+        raise ValueError(f"{step.path} is not the {step.kind} that was planned for: it was replaced meanwhile")
+    os.set_blocking(fd, True)  # O_NONBLOCK stays on the open file otherwise, and QEMU would inherit it
+    _keep(fd, step.role, step.number, state)
+
+
+def listen_unix(step: steps.ListenUnix, state: State) -> None:
+    """Bind and listen. The path may be longer than a socket address: bind in the directory, by a short name."""
+    folder, _, name = step.path.rpartition("/")
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    before = os.umask(0o177)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchdir(directory)
+        listener.bind(name)
+        listener.listen(8)
+    finally:
+        os.umask(before)
+        os.chdir("/")
+        os.close(directory)
+    _keep(listener.detach(), step.role, step.number, state)
+
+
+def make_fifo(step: steps.MakeFifo, state: State) -> None:
+    """Make the FIFO and open it read-write, so that writing never fails for want of a reader."""
+    os.mkfifo(step.path, 0o600)
+    fd = os.open(step.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, step.size_kib * 1024)
+    _keep(fd, step.role, -1, state)
+    for number in step.numbers:
+        state.granted[number] = state.opened[step.role]
+
+
+def make_cgroup(step: steps.MakeCgroup, state: State) -> None:
+    """Make the leaf; one that is there already is somebody's, and an error."""
+    os.makedirs(step.path.rpartition("/")[0], 0o755, exist_ok=True)
+    os.mkdir(step.path, 0o755)
+    state.cgroup_procs = os.open(step.path + "/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def unshare(step: steps.Unshare, state: State) -> None:
+    """Leave the namespaces. The cgroup namespace's root is the cgroup at the time of the call: the child leaves it."""
+    late = sys.CLONE_NEW["cgroup"] if "cgroup" in step.namespaces else 0
+    sys.unshare(sum(sys.CLONE_NEW[name] for name in step.namespaces) & ~late)
+    state.late_namespaces = late
+
+
+def make_root(step: steps.MakeRoot, state: State) -> None:
+    """Mount the root to be where the host's own view does not show it."""
+    # Private first: a shared mount would carry everything below into the host.
+    sys.mount("none", "/", "", sys.MS_REC | sys.MS_PRIVATE)
+    # Not MS_NODEV: /dev/null lives in it. Without it QEMU takes no image locks (util/osdep.c, QEMU 7.2).
+    options = f"mode=755,size={step.size_kib}k,nr_inodes={step.inodes}"
+    sys.mount("root", step.mountpoint, "tmpfs", sys.MS_NOSUID | sys.MS_NOEXEC, options)
+    state.root = step.mountpoint
+
+
+def make_node(step: steps.MakeNode, state: State) -> None:
+    """Make the node with exactly the mode and owner of the plan, whatever the umask."""
+    path = state.root + step.path
+    os.mknod(path, stat.S_IFCHR | step.mode, os.makedev(step.major, step.minor))
+    os.chmod(path, step.mode)
+    os.chown(path, step.uid, step.gid)
+
+
+def bind_tree(step: steps.BindTree, state: State) -> None:
+    """Bind, then restrict: the flags of a new bind mount are only taken from a second call. See mount(2)."""
+    target = state.root + step.target
+    sys.mount(step.source, target, "", sys.MS_BIND)
+    flags = sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY | sys.MS_NOSUID | sys.MS_NODEV
+    sys.mount("none", target, "", flags)
+
+
+def copy_file(step: steps.CopyFile, state: State) -> None:
+    """Copy the whole file; a short copy is an error, never a truncated kernel."""
+    source = state.opened[step.role]
+    size = os.fstat(source).st_size
+    target = os.open(state.root + step.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    try:
+        done = 0
+        while done < size:
+            sent = os.sendfile(target, source, done, size - done)
+            if sent == 0:
+                raise ValueError(f"{step.role} became shorter while it was copied")
+            done += sent
+        os.fchown(target, step.uid, step.gid)
+    finally:
+        os.close(target)
+
+
+def pivot_root(state: State) -> None:
+    """Swap the roots in place: with "." for both, the old root lies over the new one and is detached at once."""
+    os.chdir(state.root)
+    sys.pivot_root(".", ".")
+    sys.umount2(".", sys.MNT_DETACH)
+    os.chdir("/")
+    state.root = ""
+    _set_root_writable(writable=False)
+
+
+def _set_root_writable(*, writable: bool) -> None:
+    flags = sys.MS_REMOUNT | sys.MS_BIND | sys.MS_NOSUID | sys.MS_NOEXEC
+    sys.mount("none", "/", "", flags if writable else flags | sys.MS_RDONLY)
+
+
+def become_init(state: State) -> None:
+    """In the child: join the cgroup, make it the root of what is seen of cgroups, lead a session of its own."""
+    os.write(state.cgroup_procs, b"0")
+    if state.late_namespaces:
+        sys.unshare(state.late_namespaces)
+    os.setsid()
+    os.umask(0o077)
+
+
+def set_limit(step: steps.SetLimit) -> None:
+    """Set soft and hard to one value."""
+    value = resource.RLIM_INFINITY if step.value < 0 else step.value
+    resource.setrlimit(sys.RLIMIT[step.name], (value, value))
+
+
+def new_user(state: State) -> None:
+    """Enter the user namespace; the parent, still root on the host, maps the one uid and gid into it."""
+    os.setgroups(())  # before: in the namespace there is no group to set
+    sys.unshare(sys.CLONE_NEW["user"])
+    state.handshake.sendall(b"U")
+    if state.handshake.recv(1) != b"G":
+        raise OSError(32, "the jail did not map the uid", "uid_map")
+
+
+def map_user(pid: int, step: steps.NewUser, state: State) -> None:
+    """In the parent: write the child's maps. gid first or last makes no difference to a privileged writer."""
+    for name, value in (("gid_map", step.gid), ("uid_map", step.uid)):
+        fd = os.open(f"{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.proc)
+        try:
+            os.write(fd, f"{value} {value} 1\n".encode())
+        finally:
+            os.close(fd)
+
+
+def drop_capabilities(state: State) -> None:
+    """Bounding set first: it needs CAP_SETPCAP, which is gone with the rest."""
+    sys.drop_bounding_set(state.last_cap)
+    sys.prctl(sys.PR_CAP_AMBIENT, sys.PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT_CLEAR_ALL")
+    sys.prctl(sys.PR_SET_SECUREBITS, sys.SECUREBITS, "PR_SET_SECUREBITS")
+
+
+def set_ids(step: steps.SetIds) -> None:
+    """Groups, gid, uid: in this order each is still permitted. Then no capability, in case the uid change kept one."""
+    if os.getgroups():
+        os.setgroups(())
+    os.setresgid(step.gid, step.gid, step.gid)
+    os.setresuid(step.uid, step.uid, step.uid)
+    sys.capset_none()
+
+
+def no_new_privs() -> None:
+    """For good; and nobody of this uid may trace the little that is left before exec.
+
+    After exec the kernel makes the process not dumpable by itself, because the binary may be executed but not read
+    (would_dump() in fs/exec.c): PR_SET_DUMPABLE does not survive exec.
+    """
+    sys.prctl(sys.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
+    sys.prctl(sys.PR_SET_DUMPABLE, 0, "PR_SET_DUMPABLE")
+
+
+def execute(step: steps.Execute, state: State) -> NoReturn:
+    """Put the granted descriptors at their numbers, let exec close all others, and go."""
+    sys.close_on_exec_from(0)
+    for number, fd in state.granted.items():
+        os.dup2(fd, number, inheritable=True)
+    # Python ignores both and exec would hand that on. A write past RLIMIT_FSIZE has to fail with EFBIG, not to kill
+    # QEMU: SIGXFSZ stays ignored, on purpose. SIGPIPE gets its default back; QEMU ignores it itself.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(step.path, step.argv, dict(item.split("=", 1) for item in step.environ))
+
+
+def empty_root(step: steps.EmptyRoot) -> None:
+    """Detach what QEMU has opened by now, and remove every name; what it holds open or mapped it keeps."""
+    for path in step.detach:
+        sys.umount2(path, sys.MNT_DETACH)
+    _set_root_writable(writable=True)
+    for path in step.remove:
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
+            os.rmdir(path)
+    _set_root_writable(writable=False)

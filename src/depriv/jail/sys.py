@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function per system call that the standard library lacks, named after it. errno is never lost."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+# <linux/sched.h>
+CLONE_NEW: Final = {
+    "mnt": 0x00020000,
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
+    "ipc": 0x08000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "net": 0x40000000,
+}
+
+# <linux/mount.h>
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_REMOUNT: Final = 32
+MS_BIND: Final = 4096
+MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
+MNT_DETACH: Final = 2
+
+# <linux/prctl.h>, <linux/securebits.h>
+PR_SET_DUMPABLE: Final = 4
+PR_CAPBSET_DROP: Final = 24
+PR_SET_SECUREBITS: Final = 28
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+# NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE and KEEP_CAPS' lock, each with its lock.
+SECUREBITS: Final = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
+
+# x86-64: arch/x86/entry/syscalls/syscall_64.tbl; the last two have one number on every architecture.
+_SYS_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
+_SYS_CAPGET: Final = {"x86_64": 125, "aarch64": 90}
+_SYS_CAPSET: Final = {"x86_64": 126, "aarch64": 91}
+_SYS_CLOSE_RANGE: Final = 436
+_CLOSE_RANGE_CLOEXEC: Final = 4
+_CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
+
+# <asm-generic/resource.h>
+RLIMIT: Final = {
+    "CORE": 4,
+    "NPROC": 6,
+    "NOFILE": 7,
+    "MEMLOCK": 8,
+    "AS": 9,
+    "LOCKS": 10,
+    "SIGPENDING": 11,
+    "MSGQUEUE": 12,
+    "NICE": 13,
+    "RTPRIO": 14,
+    "FSIZE": 1,
+}
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.unshare.argtypes = (ctypes.c_int,)
+_libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: str) -> None:
+    """Raise ``OSError`` with the errno of the call that just failed."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+
+
+def unshare(flags: int) -> None:
+    """See unshare(2)."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    """See mount(2)."""
+    encoded = (source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None)
+    _check(_libc.mount(*encoded), f"mount {target}")
+
+
+def umount2(target: str, flags: int) -> None:
+    """See umount2(2)."""
+    _check(_libc.umount2(target.encode(), flags), f"umount2 {target}")
+
+
+def pivot_root(new: str, old: str) -> None:
+    """See pivot_root(2)."""
+    _check(_libc.syscall(_SYS_PIVOT_ROOT[os.uname().machine], new.encode(), old.encode()), "pivot_root")
+
+
+def sethostname(name: str) -> None:
+    """See sethostname(2)."""
+    _check(_libc.sethostname(name.encode(), len(name.encode())), "sethostname")
+
+
+def prctl(option: int, value: int = 0, what: str = "prctl") -> None:
+    """See prctl(2); the unused arguments are 0, as several options demand."""
+    _check(_libc.prctl(option, value, 0, 0, 0), what)
+
+
+def drop_bounding_set(last_cap: int) -> None:
+    """Drop every capability from the bounding set, up to the last one this kernel knows."""
+    for cap in range(last_cap + 1):
+        prctl(PR_CAPBSET_DROP, cap, f"PR_CAPBSET_DROP {cap}")
+
+
+def capset_none() -> None:
+    """Empty the permitted, effective and inheritable sets of this process. See capset(2)."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    _check(_libc.syscall(_SYS_CAPSET[os.uname().machine], header, data), "capset")
+
+
+def effective_capabilities() -> int:
+    """Return this process's effective set as a bit mask. See capget(2)."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    _check(_libc.syscall(_SYS_CAPGET[os.uname().machine], header, data), "capget")
+    return data[0] | data[3] << 32
+
+
+def close_on_exec_from(first: int) -> None:
+    """Mark every descriptor from ``first`` on close-on-exec. See close_range(2), Linux 5.11."""
+    arguments = (ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC))
+    _check(_libc.syscall(_SYS_CLOSE_RANGE, *arguments), "close_range")

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start and end domains. Between the two, nothing of depriv runs: no daemon, no process per guest.
+
+A start goes: reserve the ids; jail (a separate process) up to QEMU's exec; QMP says "prelaunch"; empty QEMU's root;
+audit; only then release the jail and let the guest run. Until the release, whatever goes wrong ends in nothing:
+the jail kills QEMU when its control socket closes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from depriv import proc, runtime
+from depriv.audit import audit
+from depriv.detect import look
+from depriv.errors import DeprivError, HostError, JailError, MonitorError, PlanError
+from depriv.planner import plan, plan_discovery
+from depriv.qmp import Monitor
+from depriv.registry import Entry
+from depriv.report import Expected, Grant, Limit
+from depriv.spawn import Jail
+from depriv.steps import OpenFile, Plan, Reap, SetLimit
+from depriv.text import console_safe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.config import Domain
+    from depriv.planner import Launch
+    from depriv.registry import Registry
+    from depriv.report import AuditReport
+
+START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
+QMP_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 10.0
+_LOG_SHOWN = 4000
+
+
+class Started:
+    """A start that went well: the entry, the audit that let the guest run, and where the time went."""
+
+    def __init__(self, entry: Entry, report: AuditReport, launch: Launch, times: list[tuple[str, float]]) -> None:
+        """Take the facts; ``times`` are (what was reached, CLOCK_MONOTONIC seconds)."""
+        self.entry = entry
+        self.report = report
+        self.launch = launch
+        self.times = times
+
+
+def create(
+    config: Domain,
+    registry: Registry,
+    *,
+    cache_dir: str,
+    paused: bool = False,
+    warn: Callable[[str], None] = lambda _text: None,
+    jail: Jail | None = None,
+) -> Started:
+    """Start a domain.
+
+    Args:
+        config: What is wanted.
+        registry: Where domains are kept.
+        cache_dir: Where copies of QEMU's files are kept.
+        paused: Leave the guest stopped before its first instruction.
+        warn: Told every warning: a restriction that was switched off, a key without effect.
+        jail: A jail that was started ahead, to save its start-up time; it is used up.
+
+    Raises:
+        DeprivError: it did not start, why, and what to do. Nothing is left of it.
+    """
+    times = [("begin", time.monotonic())]
+    with jail or Jail() as ready:
+        if os.geteuid() != 0:
+            raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
+        registry.prepare()
+        with registry.locked():
+            domid = registry.next_domid()
+            holdings = tuple(entry.holding for entry in registry.entries())
+            host = look(config, domid=domid, holdings=holdings, state_dir=registry.folder, cache_dir=cache_dir)
+            launch = plan(config, host)
+            entry = _reserve(config, launch, domid)
+            registry.add(entry)
+        times.append(("plan", time.monotonic()))
+        try:
+            for text in launch.warnings:
+                warn(text)
+            if config.dm_restrict:
+                runtime.ensure(launch, lambda: _discover(plan_discovery(config, host)))
+            times.append(("runtime", time.monotonic()))
+            entry, report = _launch(launch, entry, registry, ready, times)
+            if not paused:
+                _command(registry, entry, "cont")
+            times.append(("run", time.monotonic()))
+        except BaseException:
+            ready.__exit__()
+            _forget(entry, registry)
+            raise
+    return Started(entry, report, launch, times)
+
+
+def _reserve(config: Domain, launch: Launch, domid: int) -> Entry:
+    identity = launch.identity
+    return Entry(
+        name=config.name,
+        domid=domid,
+        state="starting",
+        uid=identity.uid,
+        gid=identity.gid,
+        reaper_uid=identity.reaper_uid,
+        shared=launch.plan.shared or identity.how.startswith("shared"),
+        restricted=config.dm_restrict,
+        memory_mib=config.memory_mib,
+        vcpus=config.vcpus,
+        accel=launch.accel,
+        cgroup=launch.cgroup,
+        toolstack_pid=os.getpid(),
+        toolstack_starttime=proc.start_time(os.getpid()),
+        created_at_s=int(time.time()),
+        images=launch.images,
+    )
+
+
+def _launch(
+    launch: Launch, entry: Entry, registry: Registry, jail: Jail, times: list[tuple[str, float]]
+) -> tuple[Entry, AuditReport]:
+    """From the plan to a QEMU that is confined, audited and released, its guest still stopped."""
+    answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
+    times += [(f"jail: {name}", at) for name, at in answer["times"]]
+    pid = int(answer["pid"])
+    pidfd = jail.take_pidfd()
+    try:
+        log = Log(f"{launch.directory}/log")
+        try:
+            _await_prelaunch(launch, pid, pidfd, log)
+            _refuse_lockless(log)
+        finally:
+            log.close()
+        times.append(("prelaunch", time.monotonic()))
+        if launch.plan.after:
+            jail.empty_root(timeout_s=QMP_TIMEOUT_S)
+        times.append(("empty root", time.monotonic()))
+        entry = entry.replace(expected=_expected(launch, entry, pid, answer["granted"]))
+        report = audit(pid, expected=entry.expected, others=_others(registry, entry.domid))
+        _refuse_unless_it_holds(report, launch)
+        times.append(("audit", time.monotonic()))
+        entry = entry.replace(state="running")
+        registry.save(entry)
+        jail.release()
+    finally:
+        os.close(pidfd)
+    return entry, report
+
+
+def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
+    """Let no guest run whose restrictions do not all hold; dm_restrict=0 is the one that may be off, if asked for."""
+    wrong = [check for check in report.checks if not check.holds]
+    if not launch.plan.restricted:
+        wrong = [check for check in wrong if check.id != "dm_restrict"]
+    if wrong:
+        raise JailError(
+            "the guest was not let run: not every restriction holds",
+            cause="; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong),
+            fix="run depriv doctor; if it finds nothing, this is a fault of depriv: please report it",
+        )
+
+
+def _await_prelaunch(launch: Launch, pid: int, pidfd: int, log: Log) -> None:
+    """Have QEMU say over QMP that it waits before the guest's first instruction."""
+    try:
+        with Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S) as monitor:
+            status = monitor.execute("query-status", timeout_s=QMP_TIMEOUT_S)
+        if not isinstance(status, dict) or status.get("status") != "prelaunch":
+            raise MonitorError("QEMU does not wait for the word to run the guest", fix="see the device_model_args")
+    except MonitorError as error:
+        said = log.text()
+        end = _how_it_ended(pid, pidfd)
+        if not end and not said:
+            raise
+        raise MonitorError(
+            f"QEMU did not start{end}",
+            cause=said or error.what,
+            fix=_start_fix(said),
+        ) from error
+
+
+def _refuse_lockless(log: Log) -> None:
+    """Hold QEMU to its image locks: where it cannot take them it only says so in its log, and goes on."""
+    said = log.text()
+    if "lock" in said.lower():
+        raise MonitorError("QEMU works without image locks", cause=said)
+
+
+def _how_it_ended(pid: int, pidfd: int) -> str:
+    try:
+        signal.pidfd_send_signal(pidfd, 0)  # type: ignore[attr-defined, unused-ignore] # Linux only
+        state = proc.alive(pid, proc.start_time(pid))
+    except ProcessLookupError:
+        state = "dead"
+    return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"
+
+
+def _start_fix(said: str) -> str:
+    """Return what to do about the messages of QEMU that users meet."""
+    if "invalid option" in said or "not a valid" in said or "There is no option group 'sandbox'" in said:
+        return "this QEMU lacks what depriv needs (see the message above): install QEMU 7.2 or later, with seccomp"
+    if "-sandbox support is not enabled" in said or "seccomp" in said:
+        return "this QEMU was built without seccomp: install one that has it (Debian's has)"
+    if '"write" lock' in said or '"consistent read" lock' in said:
+        return "another process has the image open; find it with: fuser -v IMAGE"
+    return ""
+
+
+class Log:
+    """What QEMU has printed, read from the FIFO in its state folder without waiting."""
+
+    def __init__(self, path: str) -> None:
+        """Open the reading end."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._data = b""
+
+    def text(self) -> str:
+        """Return all that was printed so far, made safe to print; the first part of it if it is long."""
+        while len(self._data) < 1 << 20:
+            try:
+                chunk = os.read(self._fd, 65536)
+            except BlockingIOError:
+                break
+            if not chunk:
+                break
+            self._data += chunk
+        return console_safe(self._data[:_LOG_SHOWN]).strip()
+
+    def raw(self) -> str:
+        """Return all of it, for a reader that trusts it: no guest has run."""
+        self.text()
+        return self._data.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Close the reading end."""
+        os.close(self._fd)
+
+
+def _discover(launch: Launch) -> str:
+    """Do the dry run and return what it printed. Its QEMU ends with it."""
+    with Jail() as jail:
+        answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
+        pidfd = jail.take_pidfd()
+        log = Log(f"{launch.directory}/log")
+        try:
+            _await_prelaunch(launch, int(answer["pid"]), pidfd, log)
+            return log.raw()
+        finally:
+            log.close()
+            os.close(pidfd)
+            jail.__exit__()
+            for name in ("qmp", "log"):
+                os.unlink(f"{launch.directory}/{name}")
+
+
+def _expected(launch: Launch, entry: Entry, pid: int, granted: dict[str, list[object]]) -> Expected:
+    """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
+    opened = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
+    execute = launch.plan.steps[-1].as_dict()
+    grants: list[Grant] = []
+    for role, (kind, dev, ino, rdev, access) in granted.items():
+        path = {"qmp": f"{launch.directory}/qmp", "log": f"{launch.directory}/log"}.get(role, "")
+        path = opened[role].path if role in opened else path
+        locked = role in opened and opened[role].kind in ("file", "block")
+        grants.append(
+            Grant(role=role, kind=kind, dev=dev, ino=ino, rdev=rdev, access=access, path=path, locked=locked)  # type: ignore[arg-type]
+        )
+    return Expected(
+        domain=entry.name,
+        domid=entry.domid,
+        uid=entry.uid,
+        gid=entry.gid,
+        pid=pid,
+        starttime=proc.start_time(pid),
+        restricted=entry.restricted,
+        limits=tuple(
+            Limit(name=step.name, soft=step.value, hard=step.value)
+            for step in launch.plan.steps
+            if isinstance(step, SetLimit)
+        ),
+        environ=execute["environ"],
+        cgroup=f"/depriv/{entry.domid}",
+        grants=tuple(grants),
+    )
+
+
+def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
+    """Return name and pid of every other guest that runs."""
+    return tuple(
+        (entry.name, entry.expected.pid)
+        for entry in registry.entries()
+        if entry.domid != domid
+        and entry.expected is not None
+        and proc.alive(entry.expected.pid, entry.expected.starttime) == "running"
+    )
+
+
+def _command(registry: Registry, entry: Entry, command: str) -> object:
+    with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=QMP_TIMEOUT_S) as monitor:
+        return monitor.execute(command, timeout_s=QMP_TIMEOUT_S)
+
+
+def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str:
+    """Return how a domain is: from the kernel whether it lives, and only then from QEMU what it says it does.
+
+    "starting", "running", "paused", "shutdown", "crashed", "dead" (QEMU is gone, or its main thread is), "hung" (QEMU
+    does not answer).
+    """
+    if entry.expected is None:
+        begun = proc.alive(entry.toolstack_pid, entry.toolstack_starttime)
+        return "starting" if begun == "running" else "dead"
+    if proc.alive(entry.expected.pid, entry.expected.starttime) != "running":
+        return "dead"
+    try:
+        with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=timeout_s) as monitor:
+            status = monitor.execute("query-status", timeout_s=timeout_s)
+    except MonitorError:
+        return "hung"
+    said = status.get("status") if isinstance(status, dict) else None
+    known = {
+        "running": "running",
+        "prelaunch": "paused",
+        "paused": "paused",
+        "shutdown": "shutdown",
+        "guest-panicked": "crashed",
+        "internal-error": "crashed",
+        "io-error": "paused",
+    }
+    return known.get(said, "hung") if isinstance(said, str) else "hung"
+
+
+def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
+    """Return whether a domain's restrictions hold now."""
+    if entry.expected is None:
+        raise HostError(f"domain {entry.name} has not started", fix="wait for depriv create, or depriv destroy it")
+    return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
+
+
+def destroy(entry: Entry, registry: Registry) -> None:
+    """End a domain, whatever it does, and forget it once nothing of it lives.
+
+    Three ways, each enough for a QEMU that plays by the rules: process 1 of its pid namespace, its cgroup, its uid.
+    Then proof. If something does not die, the domain and its ids are kept.
+
+    Raises:
+        DeprivError: something of it still lives.
+    """
+    with registry.locked_domain(entry.domid):
+        registry.save(entry.replace(state="ending"))
+        end_processes(entry, registry)
+    with registry.locked():
+        registry.remove(entry.domid)
+
+
+def end_processes(entry: Entry, registry: Registry) -> None:
+    """Kill everything of a domain and see that it is gone, its cgroup included."""
+    pidfd = -1
+    if entry.expected is not None:
+        pidfd = _open_pidfd(entry.expected)
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+    kill_cgroup(entry.cgroup)
+    if entry.shared:
+        _await_end_of_one(entry)
+    else:
+        reap = Reap(
+            uid=entry.uid,
+            reaper_uid=entry.reaper_uid,
+            lock=f"{registry.folder}/reaper.lock",
+            timeout_ms=int(END_TIMEOUT_S * 1000),
+        )
+        steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
+        with Jail() as jail:
+            jail.run(steps, timeout_s=END_TIMEOUT_S + 5)
+    remove_cgroup(entry.cgroup)
+
+
+def _open_pidfd(expected: Expected) -> int:
+    """Return a pidfd of the very process that was started, or -1: its number may be another's by now."""
+    try:
+        pidfd = os.pidfd_open(expected.pid)
+    except ProcessLookupError:
+        return -1
+    if proc.alive(expected.pid, expected.starttime) == "dead":
+        os.close(pidfd)
+        return -1
+    return pidfd
+
+
+def _await_end_of_one(entry: Entry) -> None:
+    """See one process to its end where its uid is shared and nobody may be killed by it."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    expected = entry.expected
+    while expected is not None and proc.alive(expected.pid, expected.starttime) != "dead":
+        if time.monotonic() > deadline:
+            raise HostError(f"process {expected.pid} of domain {entry.name} does not die")
+        time.sleep(0.002)
+
+
+def kill_cgroup(path: str) -> None:
+    """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
+    try:
+        with open(f"{path}/cgroup.kill", "w", encoding="ascii") as file:
+            file.write("1")
+        return
+    except FileNotFoundError:
+        pass
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with open(f"{path}/cgroup.procs", encoding="ascii") as file:
+                pids = [int(line) for line in file]
+        except FileNotFoundError:
+            return
+        if not pids:
+            return
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.002)
+
+
+def remove_cgroup(path: str) -> None:
+    """Remove a domain's cgroup, and the folder of all domains if it was the last."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while True:
+        try:
+            os.rmdir(path)
+            break
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise HostError(f"cannot remove cgroup {path}: it has processes") from error
+            time.sleep(0.002)
+    try:
+        os.rmdir(os.path.dirname(path))
+    except OSError:
+        pass  # another domain is in it
+
+
+def _forget(entry: Entry, registry: Registry) -> None:
+    """Undo a reservation whose start failed. The jail has ended and took with it what it made."""
+    try:
+        end_processes(entry, registry)
+    except DeprivError as error:
+        print(f"warning: domain {entry.name} is kept: {error}", file=sys.stderr)  # noqa: T201 (nobody else will hear)
+        return
+    with registry.locked():
+        registry.remove(entry.domid)

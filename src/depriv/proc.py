@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads /proc: one small function per file, returning values or records; nothing is judged here.
+
+A function about one process raises ``ProcessLookupError`` once that is gone; one about many leaves out those that
+vanish on the way. ``tid`` asks one thread: threads may differ in everything but memory and limits, and after the main
+thread has exited the files directly in /proc/PID tell nothing. Source: proc(5) and the pages it names.
+"""
+
+from __future__ import annotations
+
+import os
+
+from depriv.records import Record
+
+NAMESPACES = ("mnt", "ipc", "net", "pid", "uts", "cgroup", "user")
+UNLIMITED = -1
+DEAD = "ZX"  # states of a thread that runs no more; D does not belong here
+
+# First column of /proc/PID/limits. Source: fs/proc/base.c, lnames (Linux 6.1)
+_LIMITS = {
+    "Max cpu time": "CPU",
+    "Max file size": "FSIZE",
+    "Max data size": "DATA",
+    "Max stack size": "STACK",
+    "Max core file size": "CORE",
+    "Max resident set": "RSS",
+    "Max processes": "NPROC",
+    "Max open files": "NOFILE",
+    "Max locked memory": "MEMLOCK",
+    "Max address space": "AS",
+    "Max file locks": "LOCKS",
+    "Max pending signals": "SIGPENDING",
+    "Max msgqueue size": "MSGQUEUE",
+    "Max nice priority": "NICE",
+    "Max realtime priority": "RTPRIO",
+    "Max realtime timeout": "RTTIME",
+}
+
+
+class Mount(Record):
+    """One line of mountinfo."""
+
+    mount_id: int
+    parent_id: int
+    root: str
+    point: str
+    options: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: tuple[str, ...]
+
+
+class OpenFd(Record):
+    """One open descriptor."""
+
+    number: int
+    target: str  # the link's text
+    mode: int  # st_mode and so on of the open file
+    dev: int
+    ino: int
+    rdev: int
+    access: str  # "ro", "wo", "rw", or "path" (O_PATH: neither)
+    flags: int  # as open(2) takes them
+    locks: tuple[str, ...]  # "OFDLCK ADVISORY READ -1 00:1f:42 100 100", without the running number
+
+
+class Process(Record):
+    """One living process: its name and its real, effective, saved and file system ids."""
+
+    pid: int
+    name: str
+    state: str
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+
+
+class UnixSocket(Record):
+    """One line of /proc/net/unix that has a path."""
+
+    ino: int
+    path: str
+    listening: bool
+
+
+def _base(pid: int, tid: int | None) -> str:
+    return f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
+
+
+def _read(path: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = chunk = os.read(fd, 1 << 16)
+            while chunk:
+                chunk = os.read(fd, 1 << 16)
+                data += chunk
+            return data
+        finally:
+            os.close(fd)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, "no such process", path) from error
+
+
+def pids() -> tuple[int, ...]:
+    """Return every process of this pid namespace and those below it."""
+    return tuple(int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def threads(pid: int) -> tuple[int, ...]:
+    """Return the thread ids of a process, dead ones that are not reaped included."""
+    try:
+        return tuple(sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")))
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, "no such process", str(pid)) from error
+
+
+def read_status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """Return the fields of status, unparsed. Source: proc_pid_status(5)."""
+    text = os.fsdecode(_read(_base(pid, tid) + "/status"))
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields[name] = value.strip()
+    return fields
+
+
+def _stat(pid: int, tid: int | None = None) -> list[bytes]:
+    """Return the fields of stat from the third (state) on: the name before them may hold blanks and brackets."""
+    return _read(_base(pid, tid) + "/stat").rpartition(b")")[2].split()
+
+
+def start_time(pid: int) -> int:
+    """Return when the process started, in clock ticks since boot. Source: proc_pid_stat(5), field 22."""
+    return int(_stat(pid)[19])
+
+
+def alive(pid: int, starttime: int) -> str:
+    """Return "running", "dead-leader" or "dead"; a later process that got the number is "dead".
+
+    "dead-leader": the main thread has exited and others live on. Neither a pidfd nor waitpid reports that.
+    """
+    try:
+        fields = _stat(pid)
+        if int(fields[19]) != starttime:
+            return "dead"
+        if fields[0].decode() not in DEAD:
+            return "running"
+        tids = threads(pid)
+    except ProcessLookupError:
+        return "dead"
+    for tid in tids:
+        try:
+            if tid != pid and _stat(pid, tid)[0].decode() not in DEAD:
+                return "dead-leader"
+        except ProcessLookupError:
+            continue
+    return "dead"
+
+
+def limits(pid: int) -> dict[str, tuple[int, int]]:
+    """Return name -> soft and hard limit, UNLIMITED (-1) for none. Source: proc_pid_limits(5)."""
+    found: dict[str, tuple[int, int]] = {}
+    for line in _read(f"/proc/{pid}/limits").decode().splitlines()[1:]:
+        name = _LIMITS.get(line[:25].rstrip())  # printed with "%-25s %-20s %-20s %-10s"
+        if name:
+            soft, hard = (UNLIMITED if word == "unlimited" else int(word) for word in line[25:].split()[:2])
+            found[name] = (soft, hard)
+    return found
+
+
+def namespaces(pid: int, tid: int | None = None) -> dict[str, int]:
+    """Return namespace -> inode number, for those this kernel has. Source: namespaces(7)."""
+    base = _base(pid, tid) + "/ns/"
+    found: dict[str, int] = {}
+    for name in NAMESPACES:
+        try:
+            text = os.readlink(base + name)
+        except FileNotFoundError:
+            continue
+        found[name] = int(text[text.index("[") + 1 : -1])
+    if not found:
+        raise ProcessLookupError(2, "no such process", base)
+    return found
+
+
+def _unescape(text: str) -> str:
+    """Undo mountinfo's escapes. Source: fs/proc_namespace.c, mangle and show_mountinfo (Linux 6.1)."""
+    if "\\" not in text:
+        return text
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\043", "#"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def mounts(pid: int, tid: int | None = None) -> tuple[Mount, ...]:
+    """Return the mounts that the process can reach from its root. Source: proc_pid_mountinfo(5)."""
+    found: list[Mount] = []
+    for line in os.fsdecode(_read(_base(pid, tid) + "/mountinfo")).split("\n")[:-1]:
+        left, _, right = line.partition(" - ")
+        mount_id, parent_id, _device, root, point, options = left.split(" ")[:6]
+        fstype, source, super_options = right.split(" ")[:3]
+        found.append(
+            Mount(
+                mount_id=int(mount_id),
+                parent_id=int(parent_id),
+                root=_unescape(root),
+                point=_unescape(point),
+                options=tuple(options.split(",")),
+                fstype=fstype,
+                source=_unescape(source),
+                super_options=tuple(super_options.split(",")),
+            )
+        )
+    return tuple(found)
+
+
+def environ(pid: int, tid: int | None = None) -> tuple[str, ...]:
+    """Return the environment as execve(2) got it, or as the process overwrote it since."""
+    data = _read(_base(pid, tid) + "/environ")
+    return tuple(os.fsdecode(entry) for entry in data.split(b"\0")[:-1])
+
+
+def cgroups(pid: int, tid: int | None = None) -> dict[str, str]:
+    """Return controllers ("" for cgroup v2, "cpu,cpuacct", "name=systemd") -> path. Source: cgroups(7)."""
+    found: dict[str, str] = {}
+    for line in os.fsdecode(_read(_base(pid, tid) + "/cgroup")).split("\n")[:-1]:
+        _number, controllers, path = line.split(":", 2)
+        found[controllers] = path
+    return found
+
+
+def owner(pid: int, tid: int | None = None) -> int:
+    """Return who owns the process's files in /proc: its effective uid, or root if it is not dumpable.
+
+    The directory /proc/PID itself would not tell: it belongs to the effective uid always. Source: fs/proc/base.c,
+    task_dump_owner (Linux 6.1).
+    """
+    try:
+        return os.stat(_base(pid, tid) + "/environ").st_uid
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, "no such process", str(pid)) from error
+
+
+def same_place(pid: int, tid: int | None = None) -> bool:
+    """Return whether the working directory is the root directory."""
+    base = _base(pid, tid)
+    try:
+        root, cwd = os.stat(base + "/root"), os.stat(base + "/cwd")
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, "no such process", base) from error
+    return (root.st_dev, root.st_ino) == (cwd.st_dev, cwd.st_ino)
+
+
+def _access(link: os.stat_result) -> str:
+    """Return the access that a link of /proc/PID/fd shows as its own mode. Source: proc_pid_fd(5)."""
+    return {0: "path", 0o200: "wo", 0o400: "ro", 0o600: "rw"}[link.st_mode & 0o600]
+
+
+def sketch(pid: int, tid: int | None = None) -> frozenset[tuple[int, int, int, str]]:
+    """Return number, device, inode and access of every descriptor: enough to see whether two threads share them."""
+    base = _base(pid, tid) + "/fd"
+    found: set[tuple[int, int, int, str]] = set()
+    for number in _numbers(base):
+        try:
+            file, link = os.stat(f"{base}/{number}"), os.lstat(f"{base}/{number}")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found.add((number, file.st_dev, file.st_ino, _access(link)))
+    return frozenset(found)
+
+
+def _numbers(base: str) -> list[int]:
+    try:
+        return sorted(int(name) for name in os.listdir(base))
+    except FileNotFoundError as error:
+        raise ProcessLookupError(error.errno, "no such process", base) from error
+
+
+def fds(pid: int, tid: int | None = None) -> tuple[OpenFd, ...]:
+    """Return the open descriptors in order; one that is closed meanwhile is left out."""
+    base = _base(pid, tid)
+    found: list[OpenFd] = []
+    for number in _numbers(base + "/fd"):
+        path = f"{base}/fd/{number}"
+        try:
+            target, file, link = os.readlink(path), os.stat(path), os.lstat(path)
+            info = _read(f"{base}/fdinfo/{number}").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        lines = [line.partition(":\t") for line in info.splitlines()]
+        found.append(
+            OpenFd(
+                number=number,
+                target=target,
+                mode=file.st_mode,
+                dev=file.st_dev,
+                ino=file.st_ino,
+                rdev=file.st_rdev,
+                access=_access(link),
+                flags=next((int(value, 8) for name, _, value in lines if name == "flags"), 0),
+                locks=tuple(" ".join(value.split()[1:]) for name, _, value in lines if name == "lock"),
+            )
+        )
+    return tuple(found)
+
+
+def _process(pid: int) -> Process | None:
+    """Return the process, or None if it is gone or wholly dead."""
+    try:
+        text = _read(f"/proc/{pid}/status")
+    except ProcessLookupError:
+        return None
+    # By position, not by dictionary: this is done for every process of the host. The name comes first, with its
+    # newlines escaped, so that no process can put a line of its own before the kernel's.
+    fields: dict[bytes, bytes] = {}
+    for key in (b"Name", b"State", b"Uid", b"Gid", b"Threads"):
+        start = text.find(key + b":\t") + len(key) + 2
+        fields[key] = text[start : text.index(b"\n", start)]
+    state = fields[b"State"][:1].decode()
+    # A dead main thread stays as a zombie for as long as other threads of the process live.
+    if state in DEAD and int(fields[b"Threads"]) < 2:
+        return None
+    return Process(
+        pid=pid,
+        name=os.fsdecode(fields[b"Name"]),
+        state=state,
+        uids=tuple(map(int, fields[b"Uid"].split())),
+        gids=tuple(map(int, fields[b"Gid"].split())),
+    )
+
+
+def processes() -> tuple[Process, ...]:
+    """Return every living process (a dead main thread with living others counts, and so does state D)."""
+    return tuple(process for process in map(_process, pids()) if process is not None)
+
+
+def processes_of(
+    *, uid: int | None = None, gid: int | None = None, among: tuple[Process, ...] | None = None
+) -> tuple[Process, ...]:
+    """Return the living processes with this uid or this gid as real, effective, saved or file system id.
+
+    Args:
+        uid: The user id to look for, or None.
+        gid: The group id to look for, or None.
+        among: What ``processes()`` returned shortly before, to look there instead.
+    """
+    every = processes() if among is None else among
+    return tuple(process for process in every if uid in process.uids or gid in process.gids)
+
+
+def unix_sockets() -> dict[int, UnixSocket]:
+    """Return inode -> socket with a path, of this process's network namespace. Source: proc_pid_net(5), unix.
+
+    Paths are printed raw, and a newline in one can forge a line: an inode that is named twice is left out.
+    """
+    found: dict[int, UnixSocket] = {}
+    twice: set[int] = set()
+    for line in os.fsdecode(_read("/proc/self/net/unix")).split("\n"):
+        words = line.split(None, 7)
+        if len(words) < 8 or not words[6].isdecimal():
+            continue
+        ino = int(words[6])
+        if ino in found:
+            twice.add(ino)
+        found[ino] = UnixSocket(ino=ino, path=words[7], listening=words[3] == "00010000")  # __SO_ACCEPTCON
+    return {ino: socket for ino, socket in found.items() if ino not in twice}
+
+
+def holders(target: str) -> tuple[int, ...]:
+    """Return the processes with a descriptor whose link reads ``target``, such as "pipe:[42]". Slow: looks at all.
+
+    A process that the caller may not look into is passed over.
+    """
+    found: list[int] = []
+    for pid in pids():
+        base = f"/proc/{pid}/fd"
+        try:
+            for number in os.listdir(base):
+                try:
+                    if os.readlink(f"{base}/{number}") == target:
+                        found.append(pid)
+                        break
+                except FileNotFoundError:
+                    continue
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except PermissionError:
+            continue  # more privileged than this root: pid 1 where root itself is confined, and never a guest
+    return tuple(found)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which domains exist on this host and what each holds, on disk below /run/depriv.
+
+One folder per domain, named by its domid: ``state.json`` (written beside, synced, renamed), the QMP socket, the log
+FIFO, the console's saved text. Folders and files are root's alone: nothing a device model can write is ever read.
+There is no daemon; commands meet at two kinds of lock, the registry's (milliseconds) and one per domain.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+
+from depriv.errors import HostError, NotFoundError, PlanError
+from depriv.host import STATE_DIR, Holding
+from depriv.identity import DOMID_FIRST, DOMID_LAST
+from depriv.records import Record
+from depriv.report import Expected, Grant, Limit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+REUSE_DELAY_S = 60  # libxl's LIBXL_DOMID_REUSE_TIMEOUT
+LOCK_TIMEOUT_S = 10.0
+_VERSION = 1
+_STATE_BYTES_MAX = 1 << 20
+
+
+class Entry(Record):
+    """One domain as the registry knows it."""
+
+    name: str
+    domid: int
+    state: str  # "starting", "running" (the guest may be paused, shut down or dead meanwhile) or "ending"
+    uid: int
+    gid: int
+    reaper_uid: int
+    shared: bool  # its uid is another domain's too, as asked for by name: never killed by uid
+    restricted: bool
+    memory_mib: int
+    vcpus: int
+    accel: str
+    cgroup: str  # absolute path; "" with none
+    toolstack_pid: int  # of the command that started it, and when that started: tells an unfinished start
+    toolstack_starttime: int
+    created_at_s: int  # seconds since 1970
+    images: tuple[tuple[int, int, int, bool], ...]
+    expected: Expected | None = None  # None until QEMU executes
+
+    @property
+    def holding(self) -> Holding:
+        """What planning has to know of it."""
+        return Holding(name=self.name, domid=self.domid, uid=self.uid, gid=self.gid, images=self.images)
+
+
+class Registry:
+    """The registry in one folder."""
+
+    def __init__(self, folder: str = STATE_DIR) -> None:
+        """Take the folder; nothing is touched yet."""
+        self.folder = folder
+
+    def directory(self, domid: int) -> str:
+        """Return a domain's folder."""
+        return f"{self.folder}/domains/{domid}"
+
+    def prepare(self) -> None:
+        """Make the folders, and see that they are root's alone.
+
+        Raises:
+            HostError: they cannot be made, or somebody else could write in them.
+        """
+        try:
+            for path in (self.folder, f"{self.folder}/domains"):
+                try:
+                    os.mkdir(path, 0o700)
+                except FileExistsError:
+                    pass
+                have = os.lstat(path)
+                if have.st_uid != os.geteuid() or have.st_mode & 0o170077 != 0o040000:
+                    raise HostError(
+                        f"{path} is not a folder of root's alone",
+                        cause=f"owner {have.st_uid}, mode {have.st_mode & 0o7777:04o}",
+                        fix=f"see who made it, then: rm -r {path}",
+                    )
+        except OSError as error:
+            raise HostError(
+                f"cannot use {self.folder}", fix="run this as root, on a host where /run is writable"
+            ) from error
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the registry still. Short: allocate, look for conflicts, write one entry."""
+        return _locked(f"{self.folder}/lock", "the registry")
+
+    def locked_domain(self, domid: int) -> AbstractContextManager[None]:
+        """Be the only command that acts on one domain.
+
+        Raises:
+            HostError: another command holds it until the deadline.
+        """
+        return _locked(f"{self.directory(domid)}/lock", f"domain {domid}")
+
+    def domids(self) -> tuple[int, ...]:
+        """Return the domids in use, in order."""
+        try:
+            names = os.listdir(f"{self.folder}/domains")
+        except FileNotFoundError:
+            return ()
+        except PermissionError as error:
+            raise HostError(f"cannot read {self.folder}", fix="run this as root") from error
+        return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return every domain, in order of domid."""
+        found = (self._read(domid) for domid in self.domids())
+        return tuple(entry for entry in found if entry is not None)
+
+    def find(self, name: str) -> Entry:
+        """Return a domain by its name or domid.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for entry in self.entries():
+            if name in (entry.name, str(entry.domid)):
+                return entry
+        raise NotFoundError(f"there is no domain {name!r}", fix="see depriv list")
+
+    def next_domid(self) -> int:
+        """Return the next free domid, counting up: one that was freed lately is not it.
+
+        Raises:
+            PlanError: all are in use or were, a moment ago.
+        """
+        used = set(self.domids())
+        history = self._history()
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)  # counts on when somebody sets the clock
+        recent = {domid for domid, freed in history.items() if now - freed < REUSE_DELAY_S}
+        last = max(history, key=lambda domid: history[domid], default=0)
+        last = max(last, max(used, default=0)) if last < DOMID_LAST else 0
+        count = DOMID_LAST - DOMID_FIRST + 1
+        for offset in range(count):
+            domid = DOMID_FIRST + (last + offset) % count
+            if domid not in used and domid not in recent:
+                return domid
+        raise PlanError(
+            f"all {count} domids are in use, or were within the last {REUSE_DELAY_S} seconds",
+            fix="destroy domains that are not needed, or wait a minute",
+        )
+
+    def add(self, entry: Entry) -> None:
+        """Make a domain's folder and write its entry. The registry must be locked."""
+        os.mkdir(self.directory(entry.domid), 0o700)
+        self.save(entry)
+
+    def save(self, entry: Entry) -> None:
+        """Replace a domain's entry: all of it or nothing."""
+        _write(f"{self.directory(entry.domid)}/state.json", json.dumps(_encode(entry)).encode())
+
+    def remove(self, domid: int) -> None:
+        """Forget a domain, and remember when, so that its ids rest. The registry must be locked."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        history = {key: at for key, at in self._history().items() if now - at < REUSE_DELAY_S}
+        history[domid] = now
+        _write(f"{self.folder}/history.json", json.dumps(history).encode())
+        folder = self.directory(domid)
+        for name in os.listdir(folder):
+            os.unlink(f"{folder}/{name}")
+        os.rmdir(folder)
+
+    def _history(self) -> dict[int, float]:
+        """Return domid -> when it was freed, in seconds of the boot clock."""
+        data = _load(f"{self.folder}/history.json")
+        if not isinstance(data, dict):
+            return {}
+        return {int(key): float(at) for key, at in data.items()}
+
+    def _read(self, domid: int) -> Entry | None:
+        """Return one entry; None if it was removed meanwhile or is only just being made."""
+        data = _load(f"{self.directory(domid)}/state.json")
+        return _decode(data) if isinstance(data, dict) else None
+
+
+class _locked:  # noqa: N801 (a context manager, used like a function; contextlib costs milliseconds to import)
+    """Hold an exclusive lock on a file, or fail at the deadline naming who holds it."""
+
+    def __init__(self, path: str, what: str) -> None:
+        self._path = path
+        self._what = what
+        self._fd = -1
+
+    def __enter__(self) -> None:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{self._what} is gone") from error
+        except OSError as error:
+            raise HostError(f"cannot lock {self._what}", fix="run this as root") from error
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                    os.close(fd)
+                    raise HostError(
+                        f"another command has been busy with {self._what} for {LOCK_TIMEOUT_S:.0f} seconds",
+                        cause=f"process {holder or 'unknown'} holds {self._path}",
+                        fix="wait for it, or end it",
+                    ) from None
+                time.sleep(0.005)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._fd = fd
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._fd)
+
+
+def _write(path: str, data: bytes) -> None:
+    """Write beside, sync, rename: a reader finds the old or the new, whole."""
+    beside = f"{path}.{os.getpid()}"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(beside, path)
+
+
+def _load(path: str) -> Any:  # noqa: ANN401 (the JSON boundary)
+    """Return the file's JSON, or None if there is no such file.
+
+    Raises:
+        HostError: the file is none that we wrote.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise HostError(f"cannot read {path}", fix="run this as root") from error
+    except OSError as error:
+        raise HostError(f"cannot read {path}", fix=f"look at it, then remove it: rm {path}") from error
+    try:
+        return json.loads(os.read(fd, _STATE_BYTES_MAX))
+    except (OSError, ValueError) as error:
+        raise HostError(f"{path} is damaged", fix=f"look at it, then remove it: rm {path}") from error
+    finally:
+        os.close(fd)
+
+
+def _encode(entry: Entry) -> dict[str, object]:
+    data = entry.as_dict()
+    if entry.expected is not None:
+        expected = entry.expected.as_dict()
+        expected["limits"] = [limit.as_dict() for limit in entry.expected.limits]
+        expected["grants"] = [grant.as_dict() for grant in entry.expected.grants]
+        data["expected"] = expected
+    return {"version": _VERSION, **data}
+
+
+def _decode(data: dict[str, Any]) -> Entry:
+    """Return the entry, or raise ``HostError``: a file of another version is not guessed at."""
+    try:
+        if data.pop("version") != _VERSION:
+            raise ValueError("it is of another version of depriv")
+        expected = data.pop("expected")
+        if expected is not None:
+            expected["limits"] = tuple(Limit(**limit) for limit in expected["limits"])
+            expected["grants"] = tuple(Grant(**grant) for grant in expected["grants"])
+            expected["environ"] = tuple(expected["environ"])
+            expected = Expected(**expected)
+        data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
+        return Entry(**data, expected=expected)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HostError("the registry holds an entry that this version cannot read", cause=str(error)) from error

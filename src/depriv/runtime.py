@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that becomes QEMU's root while it starts: exactly the files that this QEMU, for this machine, loads.
+
+Nobody keeps a list. The machine is started once, stopped at its first instruction, in the same jail but over the
+host's own program folders and without disks, and three witnesses tell what was opened: the dynamic linker
+(LD_DEBUG=files) names the libraries and modules, QEMU (-trace load_file) the firmware, and the plan the program.
+Those are copied; the program's copy may be executed but not read, which makes the kernel treat the process as not
+dumpable (would_dump() in fs/exec.c). The copy is used until any of the originals changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+from depriv.errors import HostError
+from depriv.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.planner import Launch
+
+_MANIFEST = "manifest.json"
+_VERSION = 1
+
+
+class Source(Record):
+    """One file of the host that was copied, as it was then."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ino: int
+
+
+def ensure(launch: Launch, discover: Callable[[], str]) -> None:
+    """Have ``launch.runtime`` there and up to date.
+
+    Args:
+        launch: What is about to start.
+        discover: Does the dry run and returns what QEMU and the dynamic linker printed.
+
+    Raises:
+        HostError: the folder cannot be made, or somebody else could have written in it.
+    """
+    if _is_current(launch):
+        return
+    files = files_loaded(discover(), launch.plan.steps[-1].as_dict()["path"])
+    _build(launch, files)
+
+
+def _is_current(launch: Launch) -> bool:
+    """Tell whether the folder is whole, root's, its program unreadable, and every original as it was."""
+    try:
+        with open(f"{launch.runtime}/{_MANIFEST}", "rb") as file:
+            data = json.load(file)
+        if data["version"] != _VERSION or data["key"] != list(launch.runtime_key):
+            return False
+        _check_owner(launch.runtime)
+        for path, size, mtime_ns, ino in data["sources"]:
+            have = os.stat(path)
+            if (have.st_size, have.st_mtime_ns, have.st_ino) != (size, mtime_ns, ino):
+                return False
+        program = os.stat(launch.runtime + data["program"])
+        if program.st_mode & 0o7777 != 0o111 or program.st_uid != 0:
+            raise HostError(
+                f"{launch.runtime}{data['program']} can be read: QEMU would be dumpable",
+                cause=f"its mode is {program.st_mode & 0o7777:04o}, it has to be 0111, owner root",
+                fix=f"find out who changed it, then: rm -r {launch.runtime}",
+            )
+    except (FileNotFoundError, KeyError, ValueError):
+        return False
+    return True
+
+
+def _check_owner(path: str) -> None:
+    """Refuse a folder that somebody other than root made, or can write in, or the folders above it."""
+    while True:
+        have = os.lstat(path)
+        sticky = have.st_mode & 0o1000
+        if have.st_uid != 0 or (have.st_mode & 0o022 and not sticky):
+            raise HostError(
+                f"{path} can be written by somebody other than root",
+                cause=f"owner {have.st_uid}, mode {have.st_mode & 0o7777:04o}",
+                fix=f"chown root:root {path}; chmod go-w {path}; rm -r what depriv keeps in it",
+            )
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+def files_loaded(output: str, program: str) -> tuple[str, ...]:
+    """Return the paths, as opened, that the dry run's output names, the program first.
+
+    Lines that matter: ``calling init: PATH`` and ``file=PATH [0];  dynamically loaded by`` (ld.so(8), LD_DEBUG=files,
+    glibc 2.36), ``load_file name N location PATH`` (util/trace-events, QEMU 7.2).
+    """
+    found: dict[str, None] = {program: None}
+    for line in output.splitlines():
+        path = ""
+        if "\tcalling init: " in line:
+            path = line.partition("\tcalling init: ")[2].strip()
+        elif " location " in line and "load_file name " in line:
+            path = line.partition(" location ")[2].strip()
+        if path.startswith("/"):
+            found[os.path.normpath(path)] = None
+    return tuple(found)
+
+
+def _build(launch: Launch, files: tuple[str, ...]) -> None:
+    """Copy the files beside, then rename the whole: a half-made folder is never used."""
+    parent = os.path.dirname(launch.runtime)
+    beside = f"{launch.runtime}.{os.getpid()}"
+    try:
+        os.makedirs(parent, 0o755, exist_ok=True)
+        _check_owner(parent)
+        shutil.rmtree(beside, ignore_errors=True)
+        sources: list[tuple[str, int, int, int]] = []
+        for number, path in enumerate(files):
+            sources.append(_copy(beside, path, mode=0o111 if number == 0 else 0o555))
+        for name in {step.source.rpartition("/")[2] for step in launch.plan.steps if type(step).__name__ == "BindTree"}:  # type: ignore[union-attr]
+            os.makedirs(f"{beside}/{name}", 0o755, exist_ok=True)
+        data = {"version": _VERSION, "key": launch.runtime_key, "program": files[0], "sources": sources}
+        with open(f"{beside}/{_MANIFEST}", "x", encoding="utf-8") as file:
+            json.dump(data, file)
+        _remove_stale(parent)
+        shutil.rmtree(launch.runtime, ignore_errors=True)
+        try:
+            os.rename(beside, launch.runtime)
+        except OSError:
+            # Another command was faster; its copy is of the same files.
+            if not _is_current(launch):
+                raise
+    except OSError as error:
+        raise HostError(f"cannot make {launch.runtime}", fix="see that there is room for 60 MB") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
+    """Copy one file to where QEMU will look for it, and to where the path leads: libraries are opened by link names."""
+    real = os.path.realpath(path)
+    have = os.stat(real)
+    target = root + os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path)
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    shutil.copyfile(real, target)
+    os.chmod(target, mode)
+    return (real, have.st_size, have.st_mtime_ns, have.st_ino)
+
+
+def _remove_stale(parent: str) -> None:
+    """Remove copies whose program has changed: they will never be used again. Running guests need none of them."""
+    for name in os.listdir(parent):
+        folder = f"{parent}/{name}"
+        try:
+            with open(f"{folder}/{_MANIFEST}", "rb") as file:
+                sources = json.load(file)["sources"]
+            path, size, mtime_ns, ino = sources[0]
+            have = os.stat(path)
+            if (have.st_size, have.st_mtime_ns, have.st_ino) == (size, mtime_ns, ino):
+                continue
+        except FileNotFoundError:
+            if "." in name:
+                continue  # another command is making it
+        except (OSError, ValueError, KeyError, IndexError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
