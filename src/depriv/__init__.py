@@ -59,7 +59,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first used: the jail, too, imports this package, and must not import all of it."""
+    """Import a public name when it is first used: the jail imports this package, too, and must not import it all."""
     if name not in __all__:
         raise AttributeError(f"module 'depriv' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 (as said above)

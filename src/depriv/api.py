@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 
 from depriv import lifecycle
-from depriv.config import Domain
 from depriv.console import Console
 from depriv.errors import ConfigError, DeprivError, HostError
 from depriv.host import CACHE_DIR, STATE_DIR
@@ -18,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from depriv.config import Domain
     from depriv.lifecycle import Started
     from depriv.planner import Launch
     from depriv.registry import Entry
@@ -127,9 +127,7 @@ class Toolstack:
             if os.geteuid() == 0:
                 raise
             holdings, domid = (), 1  # only root sees who else there is
-        host = look(
-            config, domid=domid, holdings=holdings, state_dir=self.registry.folder, cache_dir=self._cache_dir
-        )
+        host = look(config, domid=domid, holdings=holdings, state_dir=self.registry.folder, cache_dir=self._cache_dir)
         return plan(config, host)
 
     def create(
@@ -157,9 +155,7 @@ class Toolstack:
         jail: Jail | None = None,
     ) -> Started:
         """Do what ``create`` does and return all there is to know of the start: audit and times."""
-        return lifecycle.create(
-            config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail
-        )
+        return lifecycle.create(config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail)
 
     def guests(self) -> tuple[Guest, ...]:
         """Return every domain, in order of domid."""

@@ -307,7 +307,7 @@ def _dumpable(facts: _Facts) -> Check:
     A process of root owns them anyway, so there it cannot be seen.
     """
     root = any("0" in status["Uid"].split() for status in facts.threads)
-    return _check("dumpable", "owned by 0", f"owned by {facts.owner}", holds=facts.owner == 0 and not root)
+    return _check("dumpable", "files owned by 0", "not to be seen" if root else f"files owned by {facts.owner}")
 
 
 def _namespaces(pid: int, facts: _Facts, around: Survey) -> Iterable[Check]:
@@ -315,7 +315,11 @@ def _namespaces(pid: int, facts: _Facts, around: Survey) -> Iterable[Check]:
     for name in proc.NAMESPACES:
         have = facts.namespaces.get(name, frozenset[int]())
         shared = sorted(
-            {whose for whose, other, spaces in around.namespaces if other != pid and spaces.get(name) in have}
+            {
+                whose
+                for whose, other, spaces in around.namespaces
+                if (other != pid or whose == HOST) and spaces.get(name) in have
+            }
         )
         text = f"shared with {', '.join(shared)}" if shared else "own" if len(have) == 1 else f"{len(have)} of them"
         yield _check(f"ns.{name}", "own", text)

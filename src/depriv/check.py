@@ -114,7 +114,7 @@ def _check_once(plan: Plan) -> None:
     if kinds.count(steps.Reap) != (0 if plan.shared else 1):
         raise ValueError("a uid is reaped before its use, once, unless another domain shares it")
     if not isinstance(plan.steps[-1], steps.Execute):
-        raise ValueError("a plan ends with Execute")
+        raise ValueError("a plan ends with Execute")  # noqa: TRY004 (the plan's value, not an argument's type)
 
 
 def _check_execute(plan: Plan) -> None:

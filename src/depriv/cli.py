@@ -92,9 +92,8 @@ def check(arguments: argparse.Namespace) -> int:
         place = f"{arguments.file}:{note.line}:{note.column}: " if note.line else ""
         print(f"{place}{'warning' if note.warning else 'note'}: {note.text}")
     disks = ", ".join(disk.vdev for disk in config.disks) or "none"
-    print(
-        f"{arguments.file}: {config.name}: {config.memory_mib} MiB, {config.vcpus} vCPU, {config.machine}, disks {disks}"
-    )
+    size = f"{config.memory_mib} MiB, {config.vcpus} vCPU"
+    print(f"{arguments.file}: {config.name}: {size}, {config.machine}, disks {disks}")
     return 0
 
 
@@ -122,7 +121,8 @@ def show_plan(arguments: argparse.Namespace) -> int:
         return 0
     for text in launch.warnings:
         print(f"warning: {text}")
-    print(f"{plan.domain} would run as {launch.identity.uid}:{launch.identity.gid} ({launch.identity.how}) with {launch.accel}:")
+    who = launch.identity
+    print(f"{plan.domain} would run as {who.uid}:{who.gid} ({who.how}) with {launch.accel}:")
     for number, step in enumerate(plan.steps, 1):
         print(f"{number:3}. {describe(step)}")
     execute = plan.steps[-1]

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 
 from depriv import steps
-from depriv.records import Record
+from depriv.records import cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from depriv.records import Record
+
 
 VERSION = 1
 _STEPS = {kind.__name__: kind for kind in steps.ALL}
@@ -36,9 +39,10 @@ def decode(text: bytes) -> steps.Plan:
     Raises:
         ValueError: it is not exactly what ``encode`` writes; the message names the step and the field.
     """
-    data: Any = json.loads(text)
+    value: object = json.loads(text)
     want = {"version", "domain", "domid", "restricted", "shared", "steps", "after"}
-    if not isinstance(data, dict) or data.keys() != want:
+    data = cast("dict[str, Any]", value)
+    if not isinstance(value, dict) or data.keys() != want:
         raise ValueError(f"a plan has exactly the keys {', '.join(sorted(want))}")
     if data["version"] != VERSION:
         raise ValueError(f"plan of version {data['version']!r}: this jail speaks version {VERSION}")
@@ -61,11 +65,12 @@ def as_json(record: Record) -> dict[str, Any]:
     return {"step": type(record).__name__, **record.as_dict()}
 
 
-def _step(item: Any) -> Any:  # noqa: ANN401 (the JSON boundary)
-    if not isinstance(item, dict) or item.get("step") not in _STEPS:
+def _step(item: object) -> Any:  # noqa: ANN401 (the JSON boundary)
+    fields = cast("dict[str, Any]", item)
+    if not isinstance(item, dict) or fields.get("step") not in _STEPS:
         raise ValueError(f"unknown step {str(item)[:80]!r}")
-    kind = _STEPS[item["step"]]
-    values = {key: value for key, value in item.items() if key != "step"}
+    kind = _STEPS[fields["step"]]
+    values = {key: value for key, value in fields.items() if key != "step"}
     if values.keys() != kind.fields.keys():
         wrong = ", ".join(sorted(values.keys() ^ kind.fields.keys()))
         raise ValueError(f"step {kind.__name__}: unknown or missing: {wrong}")
@@ -80,6 +85,7 @@ def _value(place: str, annotation: str, value: Any) -> Any:  # noqa: ANN401 (the
             raise ValueError(f"{place}: want {annotation}, have {type(value).__name__}")
         return value
     inner = scalars[annotation.removeprefix("tuple[").removesuffix(", ...]")]
-    if type(value) is not list or any(type(item) is not inner for item in value):
+    items = cast("list[object]", value)
+    if type(value) is not list or any(type(item) is not inner for item in items):
         raise ValueError(f"{place}: want {annotation}")
-    return tuple(value)
+    return tuple(items)

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from depriv.identity import Accounts
 from depriv.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from depriv.identity import Accounts
 
 STATE_DIR = "/run/depriv"
 CACHE_DIR = "/var/cache/depriv"

@@ -8,6 +8,7 @@ the jail kills QEMU when its control socket closes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -24,10 +25,12 @@ from depriv.report import Expected, Grant, Limit
 from depriv.spawn import Jail
 from depriv.steps import OpenFile, Plan, Reap, SetLimit
 from depriv.text import console_safe
+from depriv.untrusted import as_str, field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+    from typing import Self
 
     from depriv.config import Domain
     from depriv.planner import Launch
@@ -51,7 +54,7 @@ class Started:
         self.times = times
 
 
-def create(
+def create(  # noqa: PLR0913 (two of them are for callers that want to know more or be faster)
     config: Domain,
     registry: Registry,
     *,
@@ -92,10 +95,7 @@ def create(
             if config.dm_restrict:
                 runtime.ensure(launch, lambda: _discover(plan_discovery(config, host)))
             times.append(("runtime", time.monotonic()))
-            entry, report = _launch(launch, entry, registry, ready, times)
-            if not paused:
-                _command(registry, entry, "cont")
-            times.append(("run", time.monotonic()))
+            entry, report = _launch(launch, entry, registry, ready, paused=paused, times=times)
         except BaseException:
             ready.__exit__()
             _forget(entry, registry)
@@ -125,22 +125,26 @@ def _reserve(config: Domain, launch: Launch, domid: int) -> Entry:
     )
 
 
-def _launch(
-    launch: Launch, entry: Entry, registry: Registry, jail: Jail, times: list[tuple[str, float]]
+def _launch(  # noqa: PLR0913 (what one start is made of)
+    launch: Launch,
+    entry: Entry,
+    registry: Registry,
+    jail: Jail,
+    *,
+    paused: bool,
+    times: list[tuple[str, float]],
 ) -> tuple[Entry, AuditReport]:
-    """From the plan to a QEMU that is confined, audited and released, its guest still stopped."""
+    """From the plan to a guest that runs, its QEMU confined, audited and released."""
     answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
     times += [(f"jail: {name}", at) for name, at in answer["times"]]
     pid = int(answer["pid"])
-    pidfd = jail.take_pidfd()
-    try:
-        log = Log(f"{launch.directory}/log")
-        try:
-            _await_prelaunch(launch, pid, pidfd, log)
-            _refuse_lockless(log)
-        finally:
-            log.close()
+    with (
+        closing(jail.take_pidfd()) as pidfd,
+        Log(f"{launch.directory}/log") as log,
+        _await_prelaunch(launch, pid, pidfd, log) as monitor,
+    ):
         times.append(("prelaunch", time.monotonic()))
+        _refuse_lockless(log)
         if launch.plan.after:
             jail.empty_root(timeout_s=QMP_TIMEOUT_S)
         times.append(("empty root", time.monotonic()))
@@ -150,9 +154,11 @@ def _launch(
         times.append(("audit", time.monotonic()))
         entry = entry.replace(state="running")
         registry.save(entry)
+        times.append(("registry", time.monotonic()))
+        if not paused:
+            monitor.execute("cont", timeout_s=QMP_TIMEOUT_S)
         jail.release()
-    finally:
-        os.close(pidfd)
+        times.append(("run", time.monotonic()))
     return entry, report
 
 
@@ -169,23 +175,23 @@ def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
         )
 
 
-def _await_prelaunch(launch: Launch, pid: int, pidfd: int, log: Log) -> None:
-    """Have QEMU say over QMP that it waits before the guest's first instruction."""
+def _await_prelaunch(launch: Launch, pid: int, pidfd: int, log: Log) -> Monitor:
+    """Have QEMU say over QMP that it waits before the guest's first instruction; return the connection."""
     try:
-        with Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S) as monitor:
-            status = monitor.execute("query-status", timeout_s=QMP_TIMEOUT_S)
-        if not isinstance(status, dict) or status.get("status") != "prelaunch":
-            raise MonitorError("QEMU does not wait for the word to run the guest", fix="see the device_model_args")
+        monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S)
+        try:
+            if _status(monitor, QMP_TIMEOUT_S) != "prelaunch":
+                raise MonitorError("QEMU does not wait for the word to run the guest")  # noqa: TRY301 (one handler)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
     except MonitorError as error:
         said = log.text()
         end = _how_it_ended(pid, pidfd)
         if not end and not said:
             raise
-        raise MonitorError(
-            f"QEMU did not start{end}",
-            cause=said or error.what,
-            fix=_start_fix(said),
-        ) from error
+        raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=_start_fix(said)) from error
 
 
 def _refuse_lockless(log: Log) -> None:
@@ -240,25 +246,35 @@ class Log:
         self.text()
         return self._data.decode("utf-8", "replace")
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         """Close the reading end."""
         os.close(self._fd)
 
 
+@contextlib.contextmanager
+def closing(fd: int) -> Generator[int]:
+    """Close a descriptor at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _discover(launch: Launch) -> str:
     """Do the dry run and return what it printed. Its QEMU ends with it."""
-    with Jail() as jail:
-        answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
-        pidfd = jail.take_pidfd()
-        log = Log(f"{launch.directory}/log")
-        try:
-            _await_prelaunch(launch, int(answer["pid"]), pidfd, log)
-            return log.raw()
-        finally:
-            log.close()
-            os.close(pidfd)
-            jail.__exit__()
-            for name in ("qmp", "log"):
+    try:
+        with Jail() as jail:
+            answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
+            with closing(jail.take_pidfd()) as pidfd, Log(f"{launch.directory}/log") as log:
+                _await_prelaunch(launch, int(answer["pid"]), pidfd, log).close()
+                return log.raw()
+    finally:
+        for name in ("qmp", "log"):
+            if os.path.lexists(f"{launch.directory}/{name}"):
                 os.unlink(f"{launch.directory}/{name}")
 
 
@@ -304,11 +320,6 @@ def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _command(registry: Registry, entry: Entry, command: str) -> object:
-    with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=QMP_TIMEOUT_S) as monitor:
-        return monitor.execute(command, timeout_s=QMP_TIMEOUT_S)
-
-
 def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str:
     """Return how a domain is: from the kernel whether it lives, and only then from QEMU what it says it does.
 
@@ -322,10 +333,9 @@ def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str
         return "dead"
     try:
         with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=timeout_s) as monitor:
-            status = monitor.execute("query-status", timeout_s=timeout_s)
+            said = _status(monitor, timeout_s)
     except MonitorError:
         return "hung"
-    said = status.get("status") if isinstance(status, dict) else None
     known = {
         "running": "running",
         "prelaunch": "paused",
@@ -335,7 +345,12 @@ def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str
         "internal-error": "crashed",
         "io-error": "paused",
     }
-    return known.get(said, "hung") if isinstance(said, str) else "hung"
+    return known.get(said, "hung")
+
+
+def _status(monitor: Monitor, timeout_s: float) -> str:
+    """Return what QEMU says it does; what a QEMU says is believed by nobody, and shown at most."""
+    return field(monitor.execute("query-status", timeout_s=timeout_s), "status", as_str, "query-status")
 
 
 def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
@@ -449,10 +464,8 @@ def remove_cgroup(path: str) -> None:
             if time.monotonic() > deadline:
                 raise HostError(f"cannot remove cgroup {path}: it has processes") from error
             time.sleep(0.002)
-    try:
+    with contextlib.suppress(OSError):  # another domain may be in it
         os.rmdir(os.path.dirname(path))
-    except OSError:
-        pass  # another domain is in it
 
 
 def _forget(entry: Entry, registry: Registry) -> None:

@@ -84,9 +84,7 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     _check_domain(config, host)
     accel = _accel(config, host)
     taken = tuple((other.name, other.uid, other.gid) for other in host.holdings)
-    identity = choose(
-        device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken
-    )
+    identity = choose(device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken)
     warnings = [note.text for note in config.notes if note.warning]
     if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
         warnings.append("dm_restrict=0: QEMU runs without namespaces, an empty root, limits and its sandbox")
@@ -196,9 +194,7 @@ def _accel(config: Domain, host: Host) -> str:
     return config.accel
 
 
-def _resources(
-    config: Domain, host: Host, *, chains: tuple[storage.Chain, ...], log_kib: int
-) -> tuple[Step, ...]:
+def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...], log_kib: int) -> tuple[Step, ...]:
     """Everything that is opened while the host is visible."""
     directory = f"{host.state_dir}/domains/{host.domid}"
     null = (1 << 8) | 3
@@ -218,7 +214,7 @@ def _resources(
     return tuple(steps)
 
 
-def _enclose(
+def _enclose(  # noqa: PLR0913 (what a root is made of)
     config: Domain, host: Host, identity: Identity, *, accel: str, binds: str, directory: str
 ) -> tuple[Step, ...]:
     """Namespaces and the private root. ``binds`` is the runtime folder; "" binds the host's own for a dry run."""
@@ -239,9 +235,7 @@ def _enclose(
     if files:
         kib = sum(host.file(getattr(config, name)).size // 1024 + 64 for name in files)
         steps += [MakeDir(path=PRIVATE), MakePrivate(path=PRIVATE, size_kib=kib)]
-        steps += [
-            CopyFile(role=name, path=f"{PRIVATE}/{name}", uid=identity.uid, gid=identity.gid) for name in files
-        ]
+        steps += [CopyFile(role=name, path=f"{PRIVATE}/{name}", uid=identity.uid, gid=identity.gid) for name in files]
     return (*steps, PivotRoot(), SetHostname(name="depriv"))
 
 

@@ -9,7 +9,8 @@ What a caller may rely on, whatever the peer does:
 - after the first breach of the protocol the connection is closed, and the monitor refuses every further call;
 - nothing in a reply names anything on the host: callers bring their own ids, and never open, kill or follow a reply.
 
-One JSON object per line, as QEMU sends unless asked for ``pretty=on``. Source: docs/interop/qmp-spec.txt of QEMU 7.2.
+One JSON object per line, as QEMU sends unless asked for ``pretty=on``; one command at a time, so that its reply is the
+only one due. Source: docs/interop/qmp-spec.txt of QEMU 7.2.
 """
 
 from __future__ import annotations
@@ -300,7 +301,7 @@ class Monitor:
             try:
                 # No room for ancillary data: descriptors sent to us are released by the kernel and never become
                 # ours, so they cannot use up our table, and closing them cannot block. Only MSG_CTRUNC tells.
-                # Source: scm_recv() in include/net/scm.h, Linux 6.18
+                # Source: __scm_recv_common() in include/net/scm.h of Linux; measured on 6.18.
                 data, _none, flags, _peer = self._sock.recvmsg(CHUNK_BYTES, 0)
             except BlockingIOError:
                 if not wait:

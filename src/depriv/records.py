@@ -8,12 +8,17 @@ the jail's work, and both are on the path of every ``create`` (docs/adr/0006).
 
 from __future__ import annotations
 
+__all__ = ["Record", "cast"]
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, ClassVar, Self, dataclass_transform
+    from typing import Any, ClassVar, Self, cast, dataclass_transform
 else:
 
-    def dataclass_transform(**_options):  # noqa: ANN003, ANN201, D103
+    def cast(_kind, value):  # noqa: ANN001, D103 (typing.cast without typing)
+        return value
+
+    def dataclass_transform(**_options):  # noqa: ANN003
         return lambda cls: cls
 
 
@@ -31,12 +36,12 @@ class Record:
         """Collect the fields of the subclass, those of its bases first."""
         own = {
             name: kind
-            for name, kind in cls.__dict__.get("__annotations__", {}).items()
+            for name, kind in cls.__dict__.get("__annotations__", {}).items()  # noqa: RUF063 (inspect costs 8 ms)
             if not str(kind).startswith("ClassVar")
         }
         cls.fields = {**cls.fields, **own}
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401 (each field has its own type)
         """Set every field; an unknown or missing name is a ``TypeError``."""
         kind = type(self)
         for name in kind.fields:
@@ -74,7 +79,7 @@ class Record:
         inner = ", ".join(f"{name}={self.__dict__[name]!r}" for name in type(self).fields)
         return f"{type(self).__name__}({inner})"
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:  # noqa: ANN401 (each field has its own type)
         """Return a copy with some fields changed."""
         return type(self)(**{**self.__dict__, **changes})
 

@@ -8,6 +8,7 @@ There is no daemon; commands meet at two kinds of lock, the registry's (millisec
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.host import STATE_DIR, Holding
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.records import Record
+from depriv.records import Record, cast
 from depriv.report import Expected, Grant, Limit
 
 TYPE_CHECKING = False
@@ -77,10 +78,8 @@ class Registry:
         """
         try:
             for path in (self.folder, f"{self.folder}/domains"):
-                try:
+                with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o700)
-                except FileExistsError:
-                    pass
                 have = os.lstat(path)
                 if have.st_uid != os.geteuid() or have.st_mode & 0o170077 != 0o040000:
                     raise HostError(
@@ -176,52 +175,47 @@ class Registry:
     def _history(self) -> dict[int, float]:
         """Return domid -> when it was freed, in seconds of the boot clock."""
         data = _load(f"{self.folder}/history.json")
-        if not isinstance(data, dict):
-            return {}
-        return {int(key): float(at) for key, at in data.items()}
+        return {int(key): float(at) for key, at in (data or {}).items()}
 
     def _read(self, domid: int) -> Entry | None:
         """Return one entry; None if it was removed meanwhile or is only just being made."""
         data = _load(f"{self.directory(domid)}/state.json")
-        return _decode(data) if isinstance(data, dict) else None
+        return _decode(data) if data else None
 
 
-class _locked:  # noqa: N801 (a context manager, used like a function; contextlib costs milliseconds to import)
+@contextlib.contextmanager
+def _locked(path: str, what: str) -> Generator[None]:
     """Hold an exclusive lock on a file, or fail at the deadline naming who holds it."""
-
-    def __init__(self, path: str, what: str) -> None:
-        self._path = path
-        self._what = what
-        self._fd = -1
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError as error:
-            raise NotFoundError(f"{self._what} is gone") from error
-        except OSError as error:
-            raise HostError(f"cannot lock {self._what}", fix="run this as root") from error
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                    os.close(fd)
-                    raise HostError(
-                        f"another command has been busy with {self._what} for {LOCK_TIMEOUT_S:.0f} seconds",
-                        cause=f"process {holder or 'unknown'} holds {self._path}",
-                        fix="wait for it, or end it",
-                    ) from None
-                time.sleep(0.005)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{what} is gone") from error
+    except OSError as error:
+        raise HostError(f"cannot lock {what}", fix="run this as root") from error
+    try:
+        while not _try_lock(fd):
+            if time.monotonic() > deadline:
+                holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                raise HostError(
+                    f"another command has been busy with {what} for {LOCK_TIMEOUT_S:.0f} seconds",
+                    cause=f"process {holder or 'unknown'} holds {path}",
+                    fix="wait for it, or end it",
+                )
+            time.sleep(0.005)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
-        self._fd = fd
+        yield
+    finally:
+        os.close(fd)
 
-    def __exit__(self, *_exception: object) -> None:
-        os.close(self._fd)
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write(path: str, data: bytes) -> None:
@@ -236,7 +230,7 @@ def _write(path: str, data: bytes) -> None:
     os.rename(beside, path)
 
 
-def _load(path: str) -> Any:  # noqa: ANN401 (the JSON boundary)
+def _load(path: str) -> dict[str, Any] | None:
     """Return the file's JSON, or None if there is no such file.
 
     Raises:
@@ -251,7 +245,10 @@ def _load(path: str) -> Any:  # noqa: ANN401 (the JSON boundary)
     except OSError as error:
         raise HostError(f"cannot read {path}", fix=f"look at it, then remove it: rm {path}") from error
     try:
-        return json.loads(os.read(fd, _STATE_BYTES_MAX))
+        data: object = json.loads(os.read(fd, _STATE_BYTES_MAX))
+        if not isinstance(data, dict):
+            raise ValueError("no object")  # noqa: TRY004, TRY301 (the file's content is wrong, one handler)
+        return cast("dict[str, Any]", data)
     except (OSError, ValueError) as error:
         raise HostError(f"{path} is damaged", fix=f"look at it, then remove it: rm {path}") from error
     finally:
@@ -272,7 +269,7 @@ def _decode(data: dict[str, Any]) -> Entry:
     """Return the entry, or raise ``HostError``: a file of another version is not guessed at."""
     try:
         if data.pop("version") != _VERSION:
-            raise ValueError("it is of another version of depriv")
+            raise ValueError("it is of another version of depriv")  # noqa: TRY301 (one handler for all that is wrong)
         expected = data.pop("expected")
         if expected is not None:
             expected["limits"] = tuple(Limit(**limit) for limit in expected["limits"])

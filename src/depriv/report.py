@@ -114,8 +114,9 @@ def printable(text: str) -> str:
 
 def times_text(times: list[tuple[str, float]]) -> str:
     """Return one line per stage of a start with the milliseconds since the one before it."""
-    lines = [
-        f"{(after - before) * 1000:8.2f} ms  {name}"
-        for (_, before), (name, after) in zip(times, times[1:], strict=False)
-    ]
+    lines: list[str] = []
+    before = times[0][1]
+    for name, after in times[1:]:
+        lines.append(f"{(after - before) * 1000:8.2f} ms  {name}")
+        before = after
     return "\n".join(lines)

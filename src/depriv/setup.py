@@ -78,7 +78,8 @@ def setup_text(commands: Commands) -> str:
     """Return what `depriv setup --dry-run` prints."""
     if not commands:
         return f"Nothing to do: {RANGE_BASE} and {REAPER} exist and are in order."
-    return "\n".join((WHY, "", *(shlex.join(command) for command in commands)))
+    why = (WHY, "") if any(command[-1] == RANGE_BASE for command in commands) else ()
+    return "\n".join((*why, *(shlex.join(command) for command in commands)))
 
 
 def run_setup(*, dry_run: bool = False) -> str:
@@ -264,7 +265,7 @@ def _need_tools(commands: Commands, *, by_hand: str) -> None:
             raise HostError(
                 f"there is no {tool} on this host",
                 cause="it comes with the package `passwd` or `shadow`; busybox has other tools",
-                fix="\n".join(filter(None, ("apk add shadow, then depriv setup; or by hand:", by_hand))),
+                fix="apk add shadow" + (f", then depriv setup; or by hand:\n{by_hand}" if by_hand else ""),
             )
 
 

@@ -97,7 +97,9 @@ class Jail:
                 raise JailError("the jail ended without an answer") from error
             self._fds += fds
             if not chunk or len(self._buffer) > _LINE_MAX:
-                raise JailError("the jail ended without an answer", fix="run it again with depriv plan to see the steps")
+                raise JailError(
+                    "the jail ended without an answer", fix="run it again with depriv plan to see the steps"
+                )
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)

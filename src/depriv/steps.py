@@ -51,8 +51,10 @@ class ListenUnix(Record):
 
 
 class MakeFifo(Record):
-    """Make a FIFO and open it for both directions and without blocking: what is written stays in its buffer, whether
-    or not anyone reads; beyond ``size_kib`` it is lost, and nobody's disk fills.
+    """Make a FIFO and open it for both directions, without blocking.
+
+    What is written stays in its buffer, whether or not anyone reads; beyond ``size_kib`` it is lost, and nobody's
+    disk fills.
     """
 
     role: str

@@ -197,6 +197,7 @@ class _Parser:
         # Where lines start is counted as reading goes on, not from the start for each place: files may be long.
         self.line = 1
         self.line_start = 0
+        self.line_text = ""
         self.counted = 0
 
     def run(self) -> None:
@@ -235,9 +236,11 @@ class _Parser:
         if newlines:
             self.line += newlines
             self.line_start = self.text.rfind("\n", 0, at) + 1
+        if newlines or not self.counted:
+            end = self.text.find("\n", self.line_start)
+            self.line_text = self.text[self.line_start : end if end >= 0 else len(self.text)].removesuffix("\r")
         self.counted = max(self.counted, at)
-        end = self.text.find("\n", self.line_start)
-        text = self.text[self.line_start : end if end >= 0 else len(self.text)].removesuffix("\r")
+        text = self.line_text
         return Place(source=self.source, line=self.line, column=min(at - self.line_start, len(text)) + 1, text=text)
 
     def bad(self, at: int, what: str, fix: str = "") -> GrammarError:

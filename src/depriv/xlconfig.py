@@ -259,7 +259,7 @@ def _name(reader: _Reader) -> str:
     fix = f"use 1 to {MAX_NAME} letters, digits, `.', `_', `+' and `-', the first not `-' or `.'"
     if not name or len(name) > MAX_NAME:
         raise reader.bad("name", f"the name has {len(name)} characters", fix)
-    if name.strip(_NAME_CHARACTERS) or set(name) - set(_NAME_CHARACTERS) or name[0] in "-.":
+    if name.strip(_NAME_CHARACTERS) or name[0] in "-.":
         raise reader.bad("name", f"the name `{shown(name)}' is not possible", fix)
     return name
 
@@ -368,8 +368,7 @@ def _boot(reader: _Reader) -> str:
     boot = reader.text("boot")
     if not boot:
         return Domain.boot
-    wrong = boot.strip("acdn")
-    if wrong or set(boot) - set("acdn"):
+    if boot.strip("acdn"):
         raise reader.bad("boot", f"boot order `{shown(boot)}'", "the letters are c disk, d CD-ROM, n network")
     if len(set(boot)) != len(boot):
         raise reader.bad("boot", f"boot order `{boot}' names a device twice", "write each letter once")

@@ -38,6 +38,7 @@ _DISPLAY_DETAIL = "it is a detail of a display, and this version has none"
 _SOUND = "this version gives the guest no sound card: its sound would need a way to the host"
 _USB = "USB controllers and devices are not attached by this version"
 _TABLES = "files with firmware tables are not passed to the guest by this version"
+_SMBIOS = 'SMBIOS strings go to QEMU: device_model_args = ["-smbios", "type=1,serial=..."]'
 _XENSTORE = "there is no xenstore here"
 _BOOTLOADER = "a boot loader reads the guest's disk on the host, which depriv never does; the guest's firmware boots it"
 
@@ -57,7 +58,7 @@ _USED = {
 _IGNORED = {
     ("bool", _XEN, False): """hap oos nomigrate nestedhvm pae vpt_align altp2mhvm xen_platform_pci pvshim
         xend_suspend_evtchn_compat msr_relaxed vpmu trap_unmapped_accesses xen_platform_pci_bar_uc""",
-    ("string", _XEN, False): "pool altp2m altp2m_count passthrough vendor_device on_soft_reset smbios",
+    ("string", _XEN, False): "pool altp2m altp2m_count passthrough vendor_device on_soft_reset",
     ("list", _XEN, False): "mca_caps",
     ("int", _XEN, False): """hvm_pirq max_event_channels max_grant_frames max_maptrack_frames max_grant_version
         vmtrace_buf_kb""",
@@ -96,6 +97,7 @@ _IGNORED = {
     ("int", _USB, False): "usbversion",
     ("list", _USB, True): "usbctrl",
     ("string", _TABLES, True): "acpi_firmware smbios_firmware",
+    ("list", _SMBIOS, True): "smbios",
     ("string", "a VM generation ID is not given to the guest by this version", False): "ms_vm_genid",
     ("string", "this version gives the guest no watchdog", False): "on_watchdog",
     ("string", "it is obsolete, in xl as well: use device_model_override", True): "device_model",

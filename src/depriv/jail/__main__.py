@@ -14,6 +14,7 @@ nobody completes leaves nothing behind.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -25,9 +26,9 @@ import time
 # -I leaves out the package's own folder. Last, so that nothing in it can stand in for the standard library.
 python.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from depriv import codec, steps  # noqa: E402
-from depriv.check import check  # noqa: E402
-from depriv.jail import apply, sys  # noqa: E402
+from depriv import codec, steps
+from depriv.check import check
+from depriv.jail import apply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def launch(plan: steps.Plan, control: socket.socket) -> None:
         see_to_exec(child, plan, state, ours)
         times.append(("Execute", time.monotonic()))
         pidfd = os.pidfd_open(child)
-        started = {"event": "started", "pid": child, "granted": granted(state), "times": times}
+        started: dict[str, object] = {"event": "started", "pid": child, "granted": granted(state), "times": times}
         answer(control, started, (pidfd,))
         os.close(pidfd)
         wait_for_release(plan, state, control)
@@ -177,8 +178,7 @@ def see_to_exec(child: int, plan: steps.Plan, state: apply.State, ours: socket.s
             ours.sendall(b"G")
     if data:
         report = json.loads(data)
-        error = OSError(report["errno"], os.strerror(report["errno"])) if report["errno"] else ValueError()
-        failed = Failed(report["step"], error)
+        failed = Failed(report["step"], OSError(report["errno"], ""))
         failed.cause = report["cause"]
         raise failed
     # A child that was killed closes the socket, too.
@@ -199,8 +199,10 @@ def granted(state: apply.State) -> dict[str, list[object]]:
             continue
         have = os.fstat(fd)
         kind = next((name for test, name in kinds if test(have.st_mode)), "socket")
-        access = "ro" if apply.fcntl.fcntl(fd, apply.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY else "rw"
+        access = "ro" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY else "rw"
         found[role] = [kind, have.st_dev, have.st_ino, have.st_rdev, access]
+    for name, have in state.nodes.items():
+        found.setdefault(name, ["char", have.st_dev, have.st_ino, have.st_rdev, "rw"])
     return found
 
 

@@ -34,6 +34,7 @@ class State:
         handshake.close()
         self.opened: dict[str, int] = {}  # role -> descriptor
         self.granted: dict[int, int] = {}  # number in QEMU -> descriptor
+        self.nodes: dict[str, os.stat_result] = {}  # name -> a device node that QEMU opens by itself
         self.root = ""  # where the new root is mounted; "" once it is the root
         self.cgroup_procs = -1
         self.late_namespaces = 0  # left by the child itself
@@ -179,6 +180,7 @@ def make_node(step: steps.MakeNode, state: State) -> None:
     os.mknod(path, stat.S_IFCHR | step.mode, os.makedev(step.major, step.minor))
     os.chmod(path, step.mode)
     os.chown(path, step.uid, step.gid)
+    state.nodes[step.path.rpartition("/")[2]] = os.stat(path)
 
 
 def bind_tree(step: steps.BindTree, state: State) -> None:
@@ -291,7 +293,7 @@ def execute(step: steps.Execute, state: State) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.execve(step.path, step.argv, dict(item.split("=", 1) for item in step.environ))
+    os.execve(step.path, step.argv, dict(item.split("=", 1) for item in step.environ))  # noqa: S606 (no shell is the point)
 
 
 def empty_root(step: steps.EmptyRoot) -> None:

@@ -7,13 +7,17 @@ deadline on the lock, and proof afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import time
 
 from depriv.jail import sys
-from depriv.steps import Reap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from depriv.steps import Reap
 
 _UID_MIN = 1000
 
@@ -86,10 +90,8 @@ def _become_reaper_and_kill(step: Reap) -> None:
         or sys.effective_capabilities() != 0
     ):
         raise OSError(1, f"the reaper has the uids {mine}", "kill")
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is there whom we may kill
         os.kill(-1, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # nobody was there whom we may kill
 
 
 def living(uid: int) -> list[int]:
@@ -97,7 +99,7 @@ def living(uid: int) -> list[int]:
 
     A zombie whose other threads still run counts: its main thread ended, the rest did not.
     """
-    found = []
+    found: list[int] = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
