@@ -54,7 +54,7 @@ class _Facts(Record):
     namespaces: dict[str, frozenset[int]]  # of all threads
     mounts: tuple[proc.Mount, ...]
     content: tuple[str, ...]  # what is in the root directory beside dev/null and empty directories
-    same_place: bool
+    places: frozenset[tuple[tuple[int, int], ...]]  # root, working directory, above the root: of all threads
     limits: dict[str, tuple[int, int]]
     environ: tuple[str, ...]
     cgroups: tuple[dict[str, str], ...]  # of each thread
@@ -138,14 +138,14 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     fds = proc.fds(pid, first)
     spaces = {name: {ino} for name, ino in proc.namespaces(pid, first).items()}
     groups = [proc.cgroups(pid, first)]
-    same_place = proc.same_place(pid, first)
+    places = {proc.places(pid, first)}
     drawn = proc.sketch(pid, first)
     for tid in rest:
         try:
             for name, ino in proc.namespaces(pid, tid).items():
                 spaces.setdefault(name, set()).add(ino)
             groups.append(proc.cgroups(pid, tid))
-            same_place = same_place and proc.same_place(pid, tid)
+            places.add(proc.places(pid, tid))
             # clone(2) without CLONE_FILES makes a thread with a table of its own.
             if proc.sketch(pid, tid) != drawn:
                 fds += tuple(fd for fd in proc.fds(pid, tid) if fd not in fds)
@@ -155,6 +155,8 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     grants = () if expected is None else expected.grants
     granted = {(grant.dev, grant.ino) for grant in grants}
     strange = tuple(fd for fd in fds if expected is not None and (fd.dev, fd.ino) not in granted)
+    accepted = _accepted(strange, grants)
+    gone = _closed_meanwhile(pid, {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)} - accepted)
     return _Facts(
         state=state,
         threads=tuple(status for _, status in living),
@@ -162,12 +164,12 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
         namespaces={name: frozenset(inodes) for name, inodes in spaces.items()},
         mounts=mounts,
         content=_content(pid, first) if _one_tmpfs(mounts) else (),
-        same_place=same_place,
+        places=frozenset(places),
         limits=proc.limits(pid),
         environ=proc.environ(pid, first),
         cgroups=tuple(groups),
-        fds=fds,
-        accepted=_accepted(strange, grants),
+        fds=tuple(fd for fd in fds if fd.ino not in gone or not stat.S_ISSOCK(fd.mode)),
+        accepted=accepted,
         held_elsewhere=_held_elsewhere(pid, strange),
     )
 
@@ -187,6 +189,23 @@ def _accepted(strange: tuple[proc.OpenFd, ...], grants: tuple[Grant, ...]) -> fr
     return frozenset(
         ino for ino in wanted if ino in sockets and sockets[ino].path in paths and not sockets[ino].listening
     )
+
+
+def _closed_meanwhile(pid: int, inodes: set[int]) -> set[int]:
+    """Return those sockets that no thread has open any more.
+
+    The kernel's table of sockets is read after the descriptors: a connection to the monitor that ended in between,
+    ours of a moment ago, would pass for one that nobody granted.
+    """
+    if not inodes:
+        return inodes
+    still: set[int] = set()
+    for tid in proc.threads(pid):
+        try:
+            still.update(fd.ino for fd in proc.fds(pid, tid) if stat.S_ISSOCK(fd.mode))
+        except ProcessLookupError:
+            continue
+    return inodes - still
 
 
 def _held_elsewhere(pid: int, strange: tuple[proc.OpenFd, ...]) -> frozenset[int]:
@@ -330,13 +349,18 @@ def _root(facts: _Facts) -> Iterable[Check]:
     if not _one_tmpfs(facts.mounts):
         kinds = ", ".join(f"{mount.point} {mount.fstype}" for mount in facts.mounts[:3])
         text = f"{len(facts.mounts)} mounts: {kinds}"
+    elif len({root for root, _, _ in facts.places}) > 1:
+        text = "threads with different roots"
+    elif any(root != above for root, _, above in facts.places):
+        text = "a chroot: there is more above it"
     else:
         text = " ".join(facts.content) or "nothing but dev/null"
     yield _check("root.empty", "nothing but dev/null", text)
     writable = [m.point for m in facts.mounts if "ro" not in m.options and "ro" not in m.super_options]
     readonly = bool(facts.mounts) and not writable
     yield _check("root.readonly", "read-only", "read-only" if readonly else " ".join(["writable:", *writable[:3]]))
-    yield _check("cwd", "the root directory", "the root directory" if facts.same_place else "another directory")
+    inside = all(root == cwd for root, cwd, _ in facts.places)
+    yield _check("cwd", "the root directory", "the root directory" if inside else "another directory")
 
 
 def _limits(facts: _Facts, expected: Expected) -> Iterable[Check]:

@@ -44,7 +44,7 @@ def decode(text: bytes) -> steps.Plan:
     data = cast("dict[str, Any]", value)
     if not isinstance(value, dict) or data.keys() != want:
         raise ValueError(f"a plan has exactly the keys {', '.join(sorted(want))}")
-    if data["version"] != VERSION:
+    if type(data["version"]) is not int or data["version"] != VERSION:  # True is 1, too
         raise ValueError(f"plan of version {data['version']!r}: this jail speaks version {VERSION}")
     kinds = {"domain": str, "domid": int, "restricted": bool, "shared": bool, "steps": list, "after": list}
     for name, kind in kinds.items():
@@ -67,8 +67,8 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def _step(item: object) -> Any:  # noqa: ANN401 (the JSON boundary)
     fields = cast("dict[str, Any]", item)
-    if not isinstance(item, dict) or fields.get("step") not in _STEPS:
-        raise ValueError(f"unknown step {str(item)[:80]!r}")
+    if type(item) is not dict or type(fields.get("step")) is not str or fields["step"] not in _STEPS:
+        raise ValueError(f"unknown step {repr(fields)[:80]}")
     kind = _STEPS[fields["step"]]
     values = {key: value for key, value in fields.items() if key != "step"}
     if values.keys() != kind.fields.keys():

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from depriv.host import Holding
 
 _PROGRAMS = ("/usr/local/bin/qemu-system-x86_64", "/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm")
+# Debian and Ubuntu; Fedora and RHEL; Arch. Code and variables in one file, as -bios takes it.
+_OVMF = ("/usr/share/ovmf/OVMF.fd", "/usr/share/edk2/ovmf/OVMF.fd", "/usr/share/edk2/x64/OVMF.4m.fd")
 _MAGIC = (
     (b"QFI\xfb\x00\x00\x00\x01", "qcow"),
     (b"QFI\xfb", "qcow2"),
@@ -42,6 +44,8 @@ def look(
     paths = [config.kernel, config.ramdisk, config.firmware]
     for disk in config.disks:
         paths += [disk.target, *(layer.target for layer in disk.chain)]
+    ovmf = next((path for path in _OVMF if os.path.exists(path)), "") if config.bios == "ovmf" else ""
+    paths.append(ovmf)
     program = find_program(config.device_model_override)
     dirs, links = root_layout(program.path)
     return Host(
@@ -56,6 +60,7 @@ def look(
         kvm=has_virtualisation(),
         kvm_node=device_number("/dev/kvm"),
         xen=os.path.exists("/proc/xen/capabilities"),
+        ovmf=ovmf,
         cgroup_dir=cgroup_dir(),
         root_dirs=dirs,
         root_links=links,

@@ -66,6 +66,7 @@ class Host(Record):
     kvm: bool = False  # hardware virtualisation that can run a guest
     kvm_node: tuple[int, int] = (0, 0)  # device number of /dev/kvm; 0, 0: there is none
     xen: bool = False
+    ovmf: str = ""  # OVMF image with code and variables in one file; "": none is installed
     cgroup_dir: str = ""  # where domains get their cgroups; "": no cgroup file system is mounted
     root_dirs: tuple[str, ...] = ("usr",)  # top-level folders that a program's files lie in
     root_links: tuple[tuple[str, str], ...] = ()  # top-level symbolic links of the host: name, target

@@ -82,12 +82,16 @@ def plan_discovery(config: Domain, host: Host) -> Launch:
 
 def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     _check_domain(config, host)
+    config = _with_firmware(config, host)
     accel = _accel(config, host)
     taken = tuple((other.name, other.uid, other.gid) for other in host.holdings)
     identity = choose(device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken)
     warnings = [note.text for note in config.notes if note.warning]
     if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
-        warnings.append("dm_restrict=0: QEMU runs without namespaces, an empty root, limits and its sandbox")
+        warnings.append(
+            "dm_restrict = 0: QEMU keeps a uid of its own and no capability, but runs WITHOUT namespaces, empty root, "
+            "limits and sandbox"
+        )
     chains = storage.chains(config, host, warnings)
     directory = f"{host.state_dir}/domains/{host.domid}"
     key = _runtime_key(config, host, accel)
@@ -192,6 +196,18 @@ def _accel(config: Domain, host: Host) -> str:
     if config.accel == "auto":
         return "kvm" if host.kvm and host.kvm_node != (0, 0) else "tcg"
     return config.accel
+
+
+def _with_firmware(config: Domain, host: Host) -> Domain:
+    """Return the configuration with bios="ovmf" as the image that this host has of it."""
+    if config.bios != "ovmf" or config.firmware:
+        return config
+    if not host.ovmf:
+        raise PlanError(
+            'bios="ovmf" but this host has no OVMF image',
+            fix="apt-get install --no-install-recommends ovmf, or name an image in firmware_override=",
+        )
+    return config.replace(firmware=host.ovmf)
 
 
 def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...], log_kib: int) -> tuple[Step, ...]:

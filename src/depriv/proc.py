@@ -118,7 +118,7 @@ def read_status(pid: int, tid: int | None = None) -> dict[str, str]:
     """Return the fields of status, unparsed. Source: proc_pid_status(5)."""
     text = os.fsdecode(_read(_base(pid, tid) + "/status"))
     fields: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines(): a process may put other line ends into its name
         name, _, value = line.partition(":")
         fields[name] = value.strip()
     return fields
@@ -241,14 +241,18 @@ def owner(pid: int, tid: int | None = None) -> int:
         raise ProcessLookupError(error.errno, "no such process", str(pid)) from error
 
 
-def same_place(pid: int, tid: int | None = None) -> bool:
-    """Return whether the working directory is the root directory."""
+def places(pid: int, tid: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Return device and inode of the root directory, of the working directory, and of what is above the root.
+
+    Above the root of a mount namespace is that root itself, for everyone; above that of a chroot is the rest of the
+    tree, as ".." is held back only at the root of whoever follows it. Source: fs/namei.c, follow_dotdot (Linux 6.1).
+    """
     base = _base(pid, tid)
     try:
-        root, cwd = os.stat(base + "/root"), os.stat(base + "/cwd")
+        found = [os.stat(base + name) for name in ("/root", "/cwd", "/root/..")]
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, "no such process", base) from error
-    return (root.st_dev, root.st_ino) == (cwd.st_dev, cwd.st_ino)
+    return tuple((each.st_dev, each.st_ino) for each in found)
 
 
 def _access(link: os.stat_result) -> str:
@@ -287,7 +291,7 @@ def fds(pid: int, tid: int | None = None) -> tuple[OpenFd, ...]:
             info = _read(f"{base}/fdinfo/{number}").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        lines = [line.partition(":\t") for line in info.splitlines()]
+        lines = [line.partition(":\t") for line in info.split("\n")]
         found.append(
             OpenFd(
                 number=number,
@@ -310,11 +314,11 @@ def _process(pid: int) -> Process | None:
         text = _read(f"/proc/{pid}/status")
     except ProcessLookupError:
         return None
-    # By position, not by dictionary: this is done for every process of the host. The name comes first, with its
-    # newlines escaped, so that no process can put a line of its own before the kernel's.
+    # By position, not line by line: this is done for every process of the host. In the name, which is first and which
+    # a process chooses, newlines are escaped and tabs are not. Source: fs/proc/array.c, proc_task_name (Linux 6.1).
     fields: dict[bytes, bytes] = {}
-    for key in (b"Name", b"State", b"Uid", b"Gid", b"Threads"):
-        start = text.find(key + b":\t") + len(key) + 2
+    for key in (b"State", b"Uid", b"Gid", b"Threads"):
+        start = text.index(b"\n" + key + b":\t") + len(key) + 3
         fields[key] = text[start : text.index(b"\n", start)]
     state = fields[b"State"][:1].decode()
     # A dead main thread stays as a zombie for as long as other threads of the process live.
@@ -322,7 +326,7 @@ def _process(pid: int) -> Process | None:
         return None
     return Process(
         pid=pid,
-        name=os.fsdecode(fields[b"Name"]),
+        name=os.fsdecode(text[6 : text.index(b"\n")]),  # "Name:\t"
         state=state,
         uids=tuple(map(int, fields[b"Uid"].split())),
         gids=tuple(map(int, fields[b"Gid"].split())),
@@ -354,15 +358,16 @@ def unix_sockets() -> dict[int, UnixSocket]:
     Paths are printed raw, and a newline in one can forge a line: an inode that is named twice is left out.
     """
     found: dict[int, UnixSocket] = {}
+    seen: set[int] = set()
     twice: set[int] = set()
     for line in os.fsdecode(_read("/proc/self/net/unix")).split("\n"):
         words = line.split(None, 7)
-        if len(words) < 8 or not words[6].isdecimal():
+        if len(words) < 7 or not words[6].isdecimal():
             continue
         ino = int(words[6])
-        if ino in found:
-            twice.add(ino)
-        found[ino] = UnixSocket(ino=ino, path=words[7], listening=words[3] == "00010000")  # __SO_ACCEPTCON
+        (twice if ino in seen else seen).add(ino)
+        if len(words) == 8:
+            found[ino] = UnixSocket(ino=ino, path=words[7], listening=words[3] == "00010000")  # __SO_ACCEPTCON
     return {ino: socket for ino, socket in found.items() if ino not in twice}
 
 

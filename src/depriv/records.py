@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar, Self, cast, dataclass_transform
 else:
 
-    def cast(_kind, value):  # noqa: ANN001, D103 (typing.cast without typing)
+    def cast(_kind, value):  # noqa: ANN001, ANN201, D103 (typing.cast without typing)
         return value
 
-    def dataclass_transform(**_options):  # noqa: ANN003
+    def dataclass_transform(**_options):  # noqa: ANN003, ANN202 (seen by no type checker)
         return lambda cls: cls
 
 

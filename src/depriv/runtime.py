@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 from depriv.errors import HostError
+from depriv.qemu.cmdline import PRIVATE
 from depriv.records import Record
 
 TYPE_CHECKING = False
@@ -105,13 +105,16 @@ def files_loaded(output: str, program: str) -> tuple[str, ...]:
             path = line.partition("\tcalling init: ")[2].strip()
         elif " location " in line and "load_file name " in line:
             path = line.partition(" location ")[2].strip()
-        if path.startswith("/"):
+        # What lies below /private is the domain's own: it is copied for each start.
+        if path.startswith("/") and not path.startswith(f"{PRIVATE}/"):
             found[os.path.normpath(path)] = None
     return tuple(found)
 
 
 def _build(launch: Launch, files: tuple[str, ...]) -> None:
     """Copy the files beside, then rename the whole: a half-made folder is never used."""
+    import shutil  # noqa: PLC0415 (only the first start of its kind pays for it)
+
     parent = os.path.dirname(launch.runtime)
     beside = f"{launch.runtime}.{os.getpid()}"
     try:
@@ -142,6 +145,8 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
 
 def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
     """Copy one file to where QEMU will look for it, and to where the path leads: libraries are opened by link names."""
+    import shutil  # noqa: PLC0415 (as above)
+
     real = os.path.realpath(path)
     have = os.stat(real)
     target = root + os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path)
@@ -153,6 +158,8 @@ def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
 
 def _remove_stale(parent: str) -> None:
     """Remove copies whose program has changed: they will never be used again. Running guests need none of them."""
+    import shutil  # noqa: PLC0415 (as above)
+
     for name in os.listdir(parent):
         folder = f"{parent}/{name}"
         try:

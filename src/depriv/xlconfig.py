@@ -411,7 +411,8 @@ def _device_model(reader: _Reader, kind: str) -> dict[str, Any]:
     restrict = reader.flag("dm_restrict", default=True)
     if not restrict:
         what = (
-            "dm_restrict = 0: the device model is asked to run WITHOUT confinement; whoever takes it over has the host"
+            "dm_restrict = 0: QEMU keeps a uid of its own and no capability, but runs WITHOUT namespaces, empty root, "
+            "limits and sandbox"
         )
         reader.note("dm_restrict", what, warning=True)
     version = reader.text("device_model_version")

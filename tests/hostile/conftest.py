@@ -19,10 +19,13 @@ PROGRAM = os.path.join(os.path.dirname(__file__), "qmp_peer.py")
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill and reap the process at the end of the block."""
-    with process:
+def running(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[None]:
+    """Run a peer that is ready at the start of the block, and killed and reaped at its end."""
+    argv = [sys.executable, "-I", "-S", PROGRAM, *arguments]
+    with subprocess.Popen(argv, pass_fds=fds, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
             yield
         finally:
             process.kill()
@@ -38,9 +41,7 @@ def start_peer() -> Iterator[Callable[[str], socket.socket]]:
             stack.enter_context(ours)
             with theirs:
                 fd = theirs.fileno()
-                argv = [sys.executable, "-I", "-S", PROGRAM, behaviour, "--fd", str(fd)]
-                process = subprocess.Popen(argv, pass_fds=[fd], stderr=subprocess.DEVNULL, text=True)
-            stack.enter_context(ended(process))
+                stack.enter_context(running(behaviour, "--fd", str(fd), fds=(fd,)))
             return ours
 
         yield start
@@ -52,10 +53,6 @@ def listen_peer() -> Iterator[Callable[[str, str], None]]:
     with contextlib.ExitStack() as stack:
 
         def start(behaviour: str, path: str) -> None:
-            argv = [sys.executable, "-I", "-S", PROGRAM, behaviour, "--listen", path]
-            process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-            stack.enter_context(ended(process))
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+            stack.enter_context(running(behaviour, "--listen", path))
 
         yield start

@@ -3,8 +3,9 @@
 """A QMP peer that misbehaves in one way, chosen by name; or behaves, with the same shape of traffic.
 
     qmp_peer.py BEHAVIOUR --fd N          on an inherited, connected socket
-    qmp_peer.py BEHAVIOUR --listen PATH   on the first connection to a socket it makes; prints "ready" when it listens
+    qmp_peer.py BEHAVIOUR --listen PATH   on the first connection to a socket it makes
 
+It prints "ready" before the first byte it sends, and when it listens.
 Standard library only, and nothing of depriv: it stands for a QEMU that somebody has taken over. A behaviour that
 returns leaves the connection open until the other side, or whoever started it, ends it.
 """
@@ -20,7 +21,6 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
 MIB = 1024 * 1024
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
@@ -118,11 +118,6 @@ def ignores_negotiation(peer: Peer) -> None:
 def refuses_negotiation(peer: Peer) -> None:
     peer.say(GREETING)
     peer.say({"error": {"class": "CommandNotFound", "desc": "no \x1b[2J"}, "id": peer.command()})
-
-
-def greets_twice_at_once(peer: Peer) -> None:
-    peer.say(GREETING)
-    peer.say(GREETING)
 
 
 # --- Time ---
@@ -281,18 +276,6 @@ def event_then_half_a_character(peer: Peer) -> None:
     peer.send(json.dumps(EVENT).encode() + b'\n{"return": "\xe2\x82", "id": "' + ident.encode() + b'"}\n')
 
 
-def many_digits(peer: Peer) -> None:
-    peer.answer('{"return": ' + "9" * 1_000_000 + ', "id": @ID@}')
-
-
-def deep(peer: Peer) -> None:
-    peer.answer('{"return": ' + "[" * 50_000 + "]" * 50_000 + ', "id": @ID@}')
-
-
-def deep_objects_never_closed(peer: Peer) -> None:
-    peer.answer('{"return": ' + '{"a":' * 50_000 + '"id": @ID@}')
-
-
 def utf16(peer: Peer) -> None:
     peer.send(f'{{"return": "fine", "id": "{peer.asked()}"}}'.encode("utf-16") + b"\n")
 
@@ -309,6 +292,9 @@ HOSTILE: dict[str, Callable[[Peer], None]] = {
     "greeting_without_version": greeting_with(b'{"QMP": {"capabilities": []}}\n'),
     "greeting_of_garbage": greeting_with(b"SSH-2.0-OpenSSH_9.2\r\n"),
     "greeting_without_end": greeting_with(b'{"QMP": "' + b"x" * 3 * MIB),
+    "greets_twice_at_once": greeting_with(
+        json.dumps(GREETING).encode() + b"\n" + json.dumps(GREETING).encode() + b"\n"
+    ),
     "id_is_another": answering('{"return": "fine", "id": "0"}'),
     "id_is_a_number": answering('{"return": "fine", "id": 1}'),
     "id_is_an_array": answering('{"return": "fine", "id": [@ID@]}'),
@@ -336,6 +322,9 @@ HOSTILE: dict[str, Callable[[Peer], None]] = {
     "more_after_the_reply": answering('{"return": "fine", "id": @ID@} {}'),
     "reply_over_two_lines": answering('{"return": "fine",\n "id": @ID@}'),
     "byte_order_mark": answering('\ufeff{"return": "fine", "id": @ID@}'),
+    "many_digits": answering('{"return": ' + "9" * 1_000_000 + ', "id": @ID@}'),
+    "deep": answering('{"return": ' + "[" * 50_000 + "]" * 50_000 + ', "id": @ID@}'),
+    "deep_objects_never_closed": answering('{"return": ' + '{"a":' * 50_000 + '"id": @ID@}'),
     "nested_one_too_deep": answering('{"return": ' + "[" * 64 + "]" * 64 + ', "id": @ID@}'),
     **{
         behaviour.__name__: behaviour
@@ -346,7 +335,6 @@ HOSTILE: dict[str, Callable[[Peer], None]] = {
             closes_after_greeting,
             ignores_negotiation,
             refuses_negotiation,
-            greets_twice_at_once,
             never_answers,
             answers_byte_by_byte,
             keeps_each_read_alive_with_events,
@@ -373,9 +361,6 @@ HOSTILE: dict[str, Callable[[Peer], None]] = {
             early_reply_to_a_guessed_command,
             greets_again,
             event_then_half_a_character,
-            many_digits,
-            deep,
-            deep_objects_never_closed,
             utf16,
             garbage,
         )
@@ -477,6 +462,7 @@ TAME: dict[str, Callable[[Peer], None]] = {
 def connection(how: str, where: str) -> socket.socket:
     """Return the connection to behave on."""
     if how == "--fd":
+        print("ready", flush=True)
         return socket.socket(fileno=int(where))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # By a relative name, since `where` may be longer than an address can be.
@@ -491,10 +477,10 @@ def connection(how: str, where: str) -> socket.socket:
 
 def main(behaviour: str, how: str, where: str) -> None:
     """Behave until the other side has had enough."""
-    any_behaviour: Any = {**HOSTILE, **TAME}[behaviour]
+    behave = {**HOSTILE, **TAME}[behaviour]
     peer = Peer(connection(how, where))
     try:
-        any_behaviour(peer)
+        behave(peer)
         time.sleep(60)
     except (BrokenPipeError, ConnectionResetError):
         pass

@@ -18,13 +18,14 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-UID = 400_000  # and above: ids that nobody has
+UID = 400_000 + 10 * (os.getpid() % 10_000)  # and 9 above: ids that nobody has, nor another run at the same time
 CLONE = {  # <linux/sched.h>
     "mnt": 0x00020000,
     "cgroup": 0x02000000,
@@ -37,7 +38,7 @@ CLONE = {  # <linux/sched.h>
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_NOEXEC, MS_REC, MS_PRIVATE = 1, 2, 32, 8, 16384, 1 << 18  # <sys/mount.h>
 MNT_DETACH = 2
 PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 8, 22, 24, 38, 47
-SYS_PIVOT_ROOT, SYS_CAPSET = 155, 126  # x86_64
+SYS_PIVOT_ROOT, SYS_CAPGET, SYS_CAPSET = 155, 125, 126  # x86_64
 NET_RAW = 13  # <linux/capability.h>
 
 # One word after the other: what to do, each followed by its own arguments.
@@ -69,6 +70,7 @@ static void *sleeper(void *unused) { for (;;) pause(); return unused; }
 static void *own_table(void *ready)
 {
     must(unshare(CLONE_FILES));
+    must(close_range(3, ~0U, 0));
     must(open("/", O_RDONLY | O_DIRECTORY));
     *(volatile int *)ready = 1;
     return sleeper(0);
@@ -122,6 +124,11 @@ int main(int argc, char **argv)
         else if (!strcmp(word, "no-new-privs")) must(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
         else if (!strcmp(word, "seccomp")) filter();
         else if (!strcmp(word, "dumpable")) must(prctl(PR_SET_DUMPABLE, 1, 0, 0, 0));
+        else if (!strcmp(word, "swap-uids")) {  /* the real one becomes the saved one */
+            uid_t real, effective, saved;
+            must(getresuid(&real, &effective, &saved));
+            must(setresuid(effective, effective, real));
+        }
         else if (!strcmp(word, "only-permitted")) only_permitted();
         else if (!strcmp(word, "harmless")) {
             must(eventfd(0, 0)); must(epoll_create1(0)); must(signalfd(-1, &none, 0));
@@ -135,7 +142,7 @@ int main(int argc, char **argv)
         else if (!strcmp(word, "accept")) must(accept(atoi(argv[++i]), 0, 0));
         else if (!strcmp(word, "ofd-lock")) lock(atoi(argv[++i]), F_OFD_SETLK);
         else if (!strcmp(word, "posix-lock")) lock(atoi(argv[++i]), F_SETLK);
-        else if (!strcmp(word, "fork")) { if (!fork()) for (;;) pause(); }
+        else if (!strcmp(word, "fork")) { if (!fork()) { close_range(3, ~0U, 0); sleeper(0); } }
         else if (!strcmp(word, "ready")) { int fd = atoi(argv[++i]); must(write(fd, "r", 1) - 1); close(fd); }
         else if (!strcmp(word, "leader-exits")) syscall(SYS_exit, 0);
         else failed();
@@ -151,7 +158,7 @@ class Recipe:
 
     uid: int = UID
     gid: int = UID
-    uids: tuple[int, ...] = ()  # real, effective and saved, where they differ
+    uids: tuple[int, ...] = ()  # real, effective and saved, where they differ; exec makes the last the second
     groups: tuple[int, ...] = ()
     namespaces: tuple[str, ...] = ("mnt", "ipc", "net", "pid", "uts", "cgroup", "user")
     root: str = "empty"  # "empty", "file", "zero" (a node that is not /dev/null), "mount", "host", "chroot"
@@ -225,6 +232,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 def _make_root(recipe: Recipe) -> None:
     """Make an empty root at a place that exists everywhere; only this mount namespace sees it."""
     if recipe.root == "host" or "mnt" not in recipe.namespaces:
+        os.chdir("/")
         return
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("root", "/tmp", "tmpfs", MS_NOSUID | MS_NOEXEC, "size=64k,nr_inodes=16,mode=755")
@@ -237,7 +245,9 @@ def _make_root(recipe: Recipe) -> None:
     if recipe.root == "mount":
         _mount("more", "lib", "tmpfs", MS_RDONLY)
     if recipe.root == "chroot":
-        os.chroot("lib")
+        os.chdir("..")
+        _mount(None, "/tmp", None, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NOEXEC)
+        os.chroot("/tmp")
         os.chdir("/")
         return
     libc = _libc()
@@ -268,6 +278,12 @@ def _drop(recipe: Recipe) -> None:
     program = _Program(len=1, filter=ctypes.pointer(allow))
     for _ in range(recipe.seccomp):  # while CAP_SYS_ADMIN is left: no_new_privs may be unwanted
         _ok(libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
+    bits = 1 << NET_RAW if recipe.inheritable or recipe.ambient else 0
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
+    data = (ctypes.c_uint32 * 6)()
+    _ok(libc.syscall(SYS_CAPGET, head, data), "capget")
+    data[2] = bits  # effective, permitted, inheritable; before the bounding set is empty, which limits the last
+    _ok(libc.syscall(SYS_CAPSET, head, data), "capset inheritable")
     for cap in range(64):
         if cap != NET_RAW or not recipe.bounding:
             with contextlib.suppress(OSError):  # EINVAL: past the last capability
@@ -275,8 +291,6 @@ def _drop(recipe: Recipe) -> None:
     _prctl(PR_SET_KEEPCAPS, 1)
     os.setresgid(recipe.gid, recipe.gid, recipe.gid)
     os.setresuid(*(recipe.uids or (recipe.uid,) * 3))
-    bits = 1 << NET_RAW if recipe.inheritable or recipe.ambient else 0
-    head = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
     data = (ctypes.c_uint32 * 6)(0, bits, bits, 0, 0, 0)
     _ok(libc.syscall(SYS_CAPSET, head, data), "capset")
     if recipe.ambient:
@@ -289,6 +303,10 @@ def _become(recipe: Recipe, program: int, mapped: int, ready: int) -> None:
     """Turn this process into the subject."""
     os.umask(0)
     null = os.open("/dev/null", os.O_RDWR)
+    flags = 0
+    for name in set(recipe.namespaces) - {"pid", "user"}:
+        flags |= CLONE[name]
+    _ok(_libc().unshare(ctypes.c_int(flags)), "unshare")
     _make_root(recipe)
     if recipe.cwd != "/":
         os.chdir(recipe.cwd)
@@ -298,7 +316,8 @@ def _become(recipe: Recipe, program: int, mapped: int, ready: int) -> None:
     if "user" in recipe.namespaces:  # last: its root owns none of the others
         _ok(_libc().unshare(CLONE["user"]), "unshare user")
     os.write(ready, b"u")
-    os.read(mapped, 1)
+    if not os.read(mapped, 1):
+        raise OSError("the keeper failed")
     _drop(recipe)
     os.set_inheritable(ready, True)
     for fd in (0, 1, 2):
@@ -313,27 +332,30 @@ def keep(words: dict[str, object]) -> None:
     recipe = Recipe(**{name: tuple(map(_flat, v)) if isinstance(v, list) else v for name, v in words.items()})  # type: ignore[arg-type] # JSON of a Recipe
     os.chmod(actor, recipe.mode)
     program = os.open(actor, os.O_PATH | os.O_CLOEXEC)
-    flags = 0
-    for name in set(recipe.namespaces) - {"user"}:
-        flags |= CLONE[name]
-    _ok(_libc().unshare(ctypes.c_int(flags)), "unshare")
+    if "pid" in recipe.namespaces:  # the only one that is the child's and not one's own
+        _ok(_libc().unshare(CLONE["pid"]), "unshare pid")
     ready, said = os.pipe()
     mapped, release = os.pipe()
     pid = os.fork()
     if not pid:
         try:
+            os.close(release)  # so that the end of the keeper ends the wait for it
             _become(recipe, program, mapped, said)
-        finally:
-            os._exit(1)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
     os.close(said)
-    os.read(ready, 1)
+    if not os.read(ready, 1):
+        sys.exit("the subject failed")
     if "user" in recipe.namespaces:
         for name, number in (("uid_map", recipe.uid), ("gid_map", recipe.gid)):
             with open(f"/proc/{pid}/{name}", "w") as file:
                 file.write(f"{number} {number} 1")
     os.write(release, b"m")
-    select.select([ready], [], [], 20)
-    if os.read(ready, 1) == b"r":
+    said_so = b""
+    while select.select([ready], [], [], 20)[0] and (more := os.read(ready, 16)):
+        said_so += more  # up to the end: that descriptor is closed then
+    if said_so == b"r":
         print(pid, flush=True)
     os.waitpid(pid, 0)
 

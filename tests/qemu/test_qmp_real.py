@@ -147,7 +147,7 @@ def test_a_stopped_qemu_is_given_up_by_the_deadline() -> None:
         began = time.monotonic()
         with pytest.raises(MonitorError, match="no whole answer from QEMU in time"):
             monitor.execute("query-status", timeout_s=0.3)
-        assert 0.3 <= time.monotonic() - began < 0.8
+        assert 0.3 <= time.monotonic() - began < 1.3
 
 
 def test_a_second_client_waits_its_turn_and_is_given_up_in_time(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands where QEMU stands and tries what whoever took it over would try. Built by build.py, static, libc only.
 //
-//   attacker [--victim PID] [--path FILE] [--socket PATH] [--abstract NAME] [--fd N] [--list] [--only ACT...]
-//   attacker --serve | --threads | --bomb COUNT
+//   attacker [--victim PID] [--path FILE] [--socket PATH] [--abstract NAME] [--fd N] [--only ACT...]
+//   attacker --list | --serve | --threads | --bomb COUNT
 //
 // Prints one line for each act on descriptor 1: its name, a tab, and "ok" (the kernel let it) or the name of the errno.
 // The name is written before the act: if the act ends the process, the line ends behind the tab. Where fork works,
@@ -694,8 +694,8 @@ static const struct act acts[] = {
 	C(keep_caps), C(securebits), C(drop_bounding), C(quota), C(swap_on), C(accounting), C(kexec), C(reboot_wrong),
 	C(kernel_log), C(ptrace_victim), C(x32_getpid), C(int80_getpid), C(chroot_root), C(pivot), C(mount_none),
 	C(mount_private), C(umount_root), C(fs_open), C(open_tree_clone), C(mount_move), C(setns_self), C(setns_victim),
-	C(unshare_net), C(unshare_pid), C(unshare_mount), C(unshare_user), C(setfsuid_0), C(capset_admin), C(setgroups_0),
-	C(setgid_0), C(setuid_0), C(setresuid_0), C(setuid_other), C(exec_memfd), C(exec_sh),
+	C(setfsuid_0), C(capset_admin), C(setgroups_0), C(setgid_0), C(setuid_0), C(setresuid_0), C(unshare_net),
+	C(unshare_pid), C(unshare_mount), C(exec_memfd), C(setuid_other), C(unshare_user), C(exec_sh),
 };
 
 #define COUNT (sizeof acts / sizeof *acts)
@@ -819,10 +819,11 @@ int main(int argc, char **argv)
 			idle(NULL);
 		else if (!strcmp(word, "--threads"))
 			headless();
-		else if (!strcmp(word, "--list"))
+		else if (!strcmp(word, "--list")) {
 			for (size_t a = 0; a < COUNT; a++)
 				say(acts[a].name), say("\n");
-		else if (!strcmp(word, "--only")) {
+			return 0;
+		} else if (!strcmp(word, "--only")) {
 			int unknown = 0;
 			while (++n < count)
 				unknown |= attempt_named(words[n]);
@@ -840,8 +841,6 @@ int main(int argc, char **argv)
 		else if (value && !strcmp(word, "--fd"))
 			granted = atoi(value);
 	}
-	if (count && !strcmp(words[count - 1], "--list"))
-		return 0;
 	attempt_all();
 	return 0;
 }

@@ -55,6 +55,12 @@ def attacker(cache: Path, *, arguments: tuple[str, ...] = ()) -> Path:
     return final
 
 
+def catalogue(program: Path) -> tuple[str, ...]:
+    """Return the names of all acts the attacker knows, in the order it tries them."""
+    done = subprocess.run([program, "--list"], check=True, capture_output=True, text=True, timeout=10)
+    return tuple(done.stdout.split())
+
+
 def outcomes(output: str) -> dict[str, Outcome]:
     """Return act -> outcome of what the attacker printed.
 

@@ -10,7 +10,6 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-
 from tests.support import cpio, iso
 
 if TYPE_CHECKING:
@@ -48,7 +47,9 @@ def test_busybox_unpacks_what_was_packed(tmp_path: Path) -> None:
     busybox = shutil.which("busybox")
     if busybox is None:
         pytest.skip("no busybox here")
-    subprocess.run([busybox, "cpio", "-i", "-d"], input=cpio.archive(TREE), cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [busybox, "cpio", "-i", "-d"], input=cpio.archive(TREE), cwd=tmp_path, check=True, capture_output=True
+    )
     assert (tmp_path / "hello.txt").read_bytes() == b"hello\n"
     assert stat.S_IMODE((tmp_path / "hello.txt").stat().st_mode) == 0o640
     assert (tmp_path / "dev/tool").read_bytes() == TREE[3].data
@@ -58,6 +59,7 @@ def test_busybox_unpacks_what_was_packed(tmp_path: Path) -> None:
 def test_archive_of_the_same_entries_is_the_same_packed_too() -> None:
     assert cpio.compressed(cpio.archive(TREE)) == cpio.compressed(cpio.archive(TREE))
     assert gzip.decompress(cpio.compressed(b"text")) == b"text"
+    assert cpio.compressed(b"text")[4:8] == bytes(4)  # RFC 1952: the time of modification
 
 
 def test_device_node_carries_its_numbers() -> None:

@@ -43,7 +43,10 @@ def test_machine_code_is_what_the_assembler_makes_of_the_assembly(tmp_path: Path
     for label in demo_guest.addresses():
         text = text.replace(f"offset {label}\n", f"offset {label}_at\n").replace(f"ds:[{label}]", f"ds:[{label}_at]")
     (tmp_path / "boot.s").write_text(text + "\n" + "\n".join(shown) + "\n")
-    for argv in (["as", "--32", "-o", "boot.o", "boot.s"], ["objcopy", "-O", "binary", "-j", ".text", "boot.o", "boot"]):
+    for argv in (
+        ["as", "--32", "-o", "boot.o", "boot.s"],
+        ["objcopy", "-O", "binary", "-j", ".text", "boot.o", "boot"],
+    ):
         done = subprocess.run(argv, cwd=tmp_path, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assembled = (tmp_path / "boot").read_bytes()
@@ -83,12 +86,11 @@ def test_image_without_room_is_refused(size_mib: int) -> None:
 
 
 def test_boots_are_counted_only_behind_the_marker() -> None:
-    disk = bytearray(demo_guest.image())
+    seven = (7).to_bytes(4, "little")
+    disk = demo_guest.image()
     assert demo_guest.boots(disk) == 0
-    disk[1040:1044] = (7).to_bytes(4, "little")
-    assert demo_guest.boots(disk) == 0
-    disk[1024:1040] = demo_guest.MARKER
-    assert demo_guest.boots(disk) == 7
+    assert demo_guest.boots(disk[:1040] + seven) == 0
+    assert demo_guest.boots(disk[:1024] + demo_guest.MARKER + seven) == 7
 
 
 def test_count_is_not_read_from_a_disk_that_is_too_short() -> None:

@@ -144,6 +144,30 @@ def test_descriptors_arrive_with_the_first_byte_and_stay_ours() -> None:
         os.close(fd)
 
 
+def test_a_long_command_sends_its_descriptors_only_once() -> None:
+    ours, theirs = socket.socketpair()
+    arrived: list[int] = []
+
+    def serve() -> None:
+        theirs.sendall(GREETING)
+        theirs.sendall(reply(json.loads(theirs.recv(1000))))
+        data = b""
+        while not data.endswith(b"\n"):
+            more, fds, _flags, _address = socket.recv_fds(theirs, 65536, 10)
+            data += more
+            arrived.extend(fds)
+        theirs.sendall(reply(json.loads(data)))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with theirs, open(os.devnull, "rb") as file, Monitor.adopt(ours, timeout_s=2.0) as monitor:
+        monitor.execute("add-fd", {"opaque": "x" * 2_000_000}, fds=[file.fileno()], timeout_s=2.0)
+    thread.join()
+    for fd in arrived:
+        os.close(fd)
+    assert len(arrived) == 1
+
+
 def test_more_descriptors_than_qemu_would_take_are_refused() -> None:
     with peer(reply) as monitor:
         with pytest.raises(ValueError, match="at most 16 descriptors"):

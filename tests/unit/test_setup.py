@@ -81,6 +81,11 @@ def test_the_reaper_moves_where_the_id_below_the_range_is_somebodys() -> None:
     assert short(plan_setup(host))[0] == ("groupadd", str(65538 + 32752), REAPER)
 
 
+def test_the_text_does_not_preach_about_a_range_that_is_there_already() -> None:
+    host = accounts(user(RANGE_BASE, 131072), groups=(group(RANGE_BASE, 131072),))
+    assert setup_text(plan_setup(host)).startswith(f"groupadd --gid 65537 {REAPER}")
+
+
 def test_the_text_says_why_multiples_of_2_to_the_16_are_avoided() -> None:
     text = setup_text(plan_setup(accounts()))
     assert "65536" in text

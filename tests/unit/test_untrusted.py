@@ -46,7 +46,7 @@ def test_what_json_writes_is_read_back(value: object, ascii_only: bool) -> None:
 
 @given(VALUES, st.integers(1, 6))
 def test_depth_is_counted_as_nesting_and_never_fooled_by_text(value: object, depth: int) -> None:
-    members = {'"\\[': value}
+    members = {'"\\[': 1, "\\": value}
     text = json.dumps(members)
     if depth_of(members) <= depth:
         assert read(text, depth=depth) == members
@@ -111,18 +111,18 @@ def test_what_no_qemu_sends_is_refused(text: str | bytes, reason: str) -> None:
         ("\\" * 2_000_000, "Expecting value"),
     ],
 )
-def test_bombs_are_refused_within_a_quarter_of_a_second(text: str, reason: str) -> None:
-    began = time.monotonic()
+def test_bombs_are_refused_within_a_quarter_of_a_second_of_work(text: str, reason: str) -> None:
+    began = time.process_time()
     with pytest.raises(ValueError, match=reason):
         read('{"a": ' + text, values=100_000)
-    assert time.monotonic() - began < 0.25
+    assert time.process_time() - began < 0.25
 
 
 def test_digits_beyond_counting_are_refused_before_they_are_converted() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match="beyond 64 bits"):
         read('{"a": ' + "7" * 2_000_000 + "}")
-    assert time.monotonic() - began < 0.25
+    assert time.process_time() - began < 0.25
 
 
 def test_a_member_is_found_and_its_kind_checked() -> None:

@@ -43,6 +43,7 @@ def refuse(*words: str) -> ConfigError:
         ("-boot", "menu=on,strict=on,order=dc"),
         ("-boot", "dc"),
         ("-smbios", "type=1,manufacturer=A,,B,serial=7"),
+        ("-smbios", "type=1,serial=a,,path=b"),
         ("-rtc", "base=localtime,clock=vm,driftfix=slew"),
         ("-uuid", "6f1a3c7e-9f5b-4b8e-9c36-0d2f8a1b4c5d"),
         ("-vga", "std", "-usb", "-usbdevice", "tablet", "-no-hpet", "-nodefaults", "-no-user-config"),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _PLAN_BYTES_MAX = 1 << 20
+_HEAD_BYTES_MAX = len(str(_PLAN_BYTES_MAX))
 
 
 class Failed(Exception):  # noqa: N818 (it is what the answer says)
@@ -59,7 +60,7 @@ def main() -> int:
             return 0  # the toolstack changed its mind before it sent anything
         plan = codec.decode(text)
         check(plan)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # RecursionError: JSON nested too deep
         answer(control, {"event": "failed", "step": "check the plan", "errno": 0, "cause": str(error)})
         return 1
     try:
@@ -84,7 +85,11 @@ def read_plan(control: socket.socket) -> bytes:
         if not chunk:
             return b""
         data += chunk
+        if len(data) > _HEAD_BYTES_MAX and b"\n" not in data[: _HEAD_BYTES_MAX + 1]:
+            raise ValueError("the plan does not begin with its length")
     head, _, data = data.partition(b"\n")
+    if not head.isdigit():  # int() takes signs, blanks and underscores, too
+        raise ValueError(f"{head[:20]!r} is not the length of a plan")
     size = int(head)
     if not 0 < size <= _PLAN_BYTES_MAX:
         raise ValueError(f"a plan of {size} bytes")
@@ -93,6 +98,8 @@ def read_plan(control: socket.socket) -> bytes:
         if not chunk:
             raise ValueError("the plan ends early")
         data += chunk
+    if len(data) > size:
+        raise ValueError("more than one plan")
     return data
 
 
@@ -118,8 +125,8 @@ def attempt(step: steps.Step, state: apply.State) -> None:
 
 def launch(plan: steps.Plan, control: socket.socket) -> None:
     """Do the steps up to the fork, fork, see the child to its exec, and wait to be released."""
-    ours, childs = socket.socketpair()
-    state = apply.State(childs)
+    ours, theirs = socket.socketpair()
+    state = apply.State(theirs)
     fork_at = next(number for number, step in enumerate(plan.steps) if isinstance(step, steps.BecomeInit))
     cgroup = next(step.path for step in plan.steps if isinstance(step, steps.MakeCgroup))
     cgroup_fd = -1
@@ -131,7 +138,7 @@ def launch(plan: steps.Plan, control: socket.socket) -> None:
             times.append((type(step).__name__, time.monotonic()))
             if isinstance(step, steps.MakeCgroup):
                 cgroup_fd = os.open(cgroup.rpartition("/")[0], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        child = os.fork()
+        child = fork(plan.steps[fork_at])
         if child == 0:
             ours.close()
             become(plan.steps[fork_at:], state)
@@ -146,6 +153,14 @@ def launch(plan: steps.Plan, control: socket.socket) -> None:
     except BaseException:
         clean_up(child, cgroup.rpartition("/")[2], cgroup_fd, state)
         raise
+
+
+def fork(step: steps.Step) -> int:
+    """Fork, or raise ``Failed``: the host or the caller's cgroup may have no room for another process."""
+    try:
+        return os.fork()
+    except OSError as error:
+        raise Failed(steps.describe(step), error) from error
 
 
 def become(rest: tuple[steps.Step, ...], state: apply.State) -> NoReturn:

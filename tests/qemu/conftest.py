@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real QEMUs, confined: each test has a state folder of its own, and leaves the host as it found it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support import guests, iso
+from tests.support.guests import CommandLine
+from tests.support.host import need, settled, snapshot
+
+from depriv import demo_guest
+from depriv.detect import cgroup_dir
+from depriv.identity import RANGE_BASE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from depriv.api import Toolstack
+
+
+@pytest.fixture(scope="session")
+def uids() -> range:
+    """Return the uids of the domains of these tests; skip where none can be confined, if that is not promised."""
+    need(os.geteuid() == 0, what="root")
+    need(shutil.which("qemu-system-x86_64") is not None, what="qemu")
+    first = [user.pw_uid for user in pwd.getpwall() if user.pw_name == RANGE_BASE]
+    need(len(first) == 1, what="users")
+    return range(first[0] + guests.DOMIDS.start, first[0] + guests.DOMIDS.stop)
+
+
+@pytest.fixture
+def unchanged(uids: range) -> Iterator[None]:
+    """Fail a test after which the host differs from before: processes, cgroups, interfaces, descriptors."""
+    folder = f"{cgroup_dir()}/depriv"
+    where = {"uids": uids, "cgroups": tuple(f"{folder}/{domid}" for domid in guests.DOMIDS)}
+    before = snapshot(**where)  # type: ignore[arg-type] # the arguments by their names
+    yield
+    assert settled(before, **where) == before
+
+
+@pytest.fixture
+def host(unchanged: None, tmp_path: Path) -> Iterator[Toolstack]:
+    """Return a toolstack with no domains; those that a test makes end with it."""
+    del unchanged
+    made = guests.toolstack(tmp_path / "state")
+    yield made
+    guests.end_all(made)
+
+
+@pytest.fixture
+def depriv(unchanged: None) -> Iterator[CommandLine]:
+    """Return the command line, on a host without domains."""
+    del unchanged
+    made = CommandLine()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Return the demonstration guest's disk, root's alone."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(demo_guest.image(text="the text of this disk"))
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def cd(tmp_path: Path) -> Path:
+    """Return a CD with one file."""
+    path = tmp_path / "cd.iso"
+    path.write_bytes(iso.iso({"HELLO.TXT": b"text on the cd\n"}))
+    return path

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console: what the guest said, whole and in order, whatever else goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support.guests import await_console, await_end, stop
+
+from depriv import demo_guest
+from depriv.config import Disk, Domain
+from depriv.errors import DeprivError, MonitorError
+from depriv.qemu.cmdline import CONSOLE_BYTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from depriv.api import Guest, Toolstack
+
+pytestmark = [pytest.mark.qemu, pytest.mark.root]
+
+# A boot sector that writes "0123456789\n" to the first serial port for ever, waiting for nothing.
+FLOOD = (
+    bytes.fromhex("ba f8 03")  # mov dx, 0x3f8
+    + bytes.fromhex("b0 30")  # again: mov al, '0'
+    + bytes.fromhex("ee fe c0 3c 3a 75 f9")  # next: out dx, al; inc al; cmp al, ':'; jne next
+    + bytes.fromhex("b0 0a ee eb f2")  # mov al, 10; out dx, al; jmp again
+)
+# One that writes what would take over a terminal: ESC ] 0 ; title BEL, ESC [ 2 J, and a CSI byte; then halts.
+RUDE_TEXT = b"before\x1b]0;owned\x07\x1b[2J\x9b31mafter\r\n\0"
+RUDE = bytes.fromhex("31 c0 8e d8 be 18 7c ba f8 03 fc ac 84 c0 74 03 ee eb f8 f4 eb fd").ljust(0x18, b"\x90") + RUDE_TEXT
+
+
+def boot(host: Toolstack, folder: Path, code: bytes) -> Guest:
+    path = folder / "boot.img"
+    path.write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0"))
+    return host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(path)),)))
+
+
+def test_console_keeps_the_last_mib_of_a_guest_that_writes_for_ever(host: Toolstack, tmp_path: Path) -> None:
+    guest = boot(host, tmp_path, FLOOD)
+    deadline = time.monotonic() + 60
+    while len(said := guest.console()) < CONSOLE_BYTES:
+        assert time.monotonic() < deadline, len(said)
+        time.sleep(0.2)
+    assert len(said) == CONSOLE_BYTES
+    lines = said.split(b"\n")
+    whole = sum(line == b"0123456789" for line in lines)
+    assert whole > 0.99 * len(lines), lines[:3]
+    began = time.monotonic()
+    for _ in range(3):
+        assert len(guest.console()) == CONSOLE_BYTES
+    assert time.monotonic() - began < 10
+    saved = f"{host.registry.directory(guest.domid)}/console"
+    assert os.stat(saved).st_size <= CONSOLE_BYTES
+    assert guest.row().state == "running"
+
+
+def test_each_dump_has_all_that_was_said_before(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(disk)),)))
+    await_console(guest, demo_guest.WRITE_OK)
+    dumps = [guest.console()]
+    for _ in range(3):
+        time.sleep(0.2)
+        dumps.append(guest.console())
+    for before, after in zip(dumps, dumps[1:], strict=False):
+        assert after.startswith(before)
+    assert len(dumps[-1]) > len(dumps[0])
+
+
+def test_two_dumps_at_once_lose_nothing(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(disk)),)))
+    await_console(guest, demo_guest.WRITE_OK)
+    dumps: list[bytes] = []
+
+    def dump() -> None:
+        for _ in range(5):
+            dumps.append(guest.console())
+
+    threads = [threading.Thread(target=dump) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    longest = max(dumps, key=len)
+    assert len(dumps) == 15
+    assert all(longest.startswith(one) for one in dumps)
+
+
+def test_escape_sequences_of_a_guest_reach_no_terminal(host: Toolstack, tmp_path: Path) -> None:
+    guest = boot(host, tmp_path, RUDE)
+    said = await_console(guest, "after")  # as the command line prints it
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert "\x9b" not in said
+    raw = guest.console()
+    start = raw.index(b"before")
+    assert raw[start:].startswith(RUDE_TEXT[:-1])
+
+
+def test_what_was_read_is_still_there_when_qemu_is_dead(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(disk)),)))
+    await_console(guest, demo_guest.WRITE_OK)
+    before = guest.console()
+    pid = guest.row().pid
+    os.kill(pid, signal.SIGKILL)
+    assert await_end(pid)
+    assert guest.console() == before
+
+
+def test_console_of_a_hung_qemu_ends_in_time_and_says_so(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(disk)),)), paused=True)
+    stop(guest.row().pid)
+    began = time.monotonic()
+    with pytest.raises(MonitorError):
+        guest.console()
+    assert time.monotonic() - began < 10
+    assert guest.row().state == "hung"
+
+
+def test_domain_without_a_serial_port_says_so(host: Toolstack) -> None:
+    guest = host.create(Domain(name="mute", serial=False))
+    with pytest.raises(DeprivError) as caught:
+        guest.console()
+    assert not isinstance(caught.value, AssertionError)
