@@ -131,7 +131,8 @@ def _check_execute(plan: Plan) -> None:
             numbers.append(step.number)
         if isinstance(step, steps.OpenFile) and (step.access not in ("ro", "rw") or step.kind not in _KINDS):
             raise ValueError(f"{step.role}: access {step.access!r} or kind {step.kind!r} is none we know")
-    if len(numbers) != len(set(numbers)) or not {0, 1, 2} <= set(numbers) or max(numbers) > _FD_MAX:
+    in_range = all(0 <= number <= _FD_MAX for number in numbers)
+    if len(numbers) != len(set(numbers)) or not {0, 1, 2} <= set(numbers) or not in_range:
         raise ValueError("the descriptors are not distinct, or 0, 1 and 2 are not all given")
     execute = plan.steps[-1]
     if isinstance(execute, steps.Execute) and (not execute.argv or execute.argv.count("-S") != 1):

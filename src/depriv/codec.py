@@ -1,91 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan <-> JSON: the jail's wire format. Versioned; an unknown key, a missing key or a wrong type is refused. Pure."""
+"""Plan <-> words: the jail's wire format. Versioned; whatever ``encode`` does not write is refused. Pure.
+
+Words separated by NUL, as bubblewrap's --args takes them: nothing to quote, nothing to parse, and no ``json`` to
+import, which takes the jail longer than all it does in the kernel (docs/adr/0001).
+"""
 
 from __future__ import annotations
-
-import json
 
 from depriv import steps
 from depriv.records import cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from depriv.records import Record
+    from depriv.steps import Step
 
-
-VERSION = 1
+VERSION = "depriv-plan-1"
 _STEPS = {kind.__name__: kind for kind in steps.ALL}
+_ITEMS_MAX = 10_000
+
+
+def pack(words: list[str]) -> bytes:
+    """Return a message: its length in decimal, a newline, the words separated by NUL."""
+    body = "\0".join(words).encode("utf-8", "surrogateescape")
+    return b"%d\n%s" % (len(body), body)
+
+
+def unpack(body: bytes) -> list[str]:
+    """Return the words of a message without its length."""
+    return body.decode("utf-8", "surrogateescape").split("\0")
 
 
 def encode(plan: steps.Plan) -> bytes:
-    """Return the plan as one line of JSON."""
-    data = {
-        "version": VERSION,
-        "domain": plan.domain,
-        "domid": plan.domid,
-        "restricted": plan.restricted,
-        "shared": plan.shared,
-        "steps": [as_json(step) for step in plan.steps],
-        "after": [as_json(step) for step in plan.after],
-    }
-    return json.dumps(data, separators=(",", ":")).encode()
+    """Return the plan as a message.
+
+    Raises:
+        ValueError: a text in it contains NUL.
+    """
+    words = [VERSION, plan.domain, str(plan.domid), _bool(plan.restricted), _bool(plan.shared)]
+    for part in (plan.steps, plan.after):
+        words.append(str(len(part)))
+        for step in part:
+            words.append(type(step).__name__)
+            for value in step.as_dict().values():
+                words += _words(value)
+    if any("\0" in word for word in words):
+        raise ValueError("a plan cannot hold NUL")
+    return pack(words)
 
 
-def decode(text: bytes) -> steps.Plan:
-    """Return the plan in ``text``.
+def decode(body: bytes) -> steps.Plan:
+    """Return the plan in the body of a message.
 
     Raises:
         ValueError: it is not exactly what ``encode`` writes; the message names the step and the field.
     """
-    value: object = json.loads(text)
-    want = {"version", "domain", "domid", "restricted", "shared", "steps", "after"}
-    data = cast("dict[str, Any]", value)
-    if not isinstance(value, dict) or data.keys() != want:
-        raise ValueError(f"a plan has exactly the keys {', '.join(sorted(want))}")
-    if type(data["version"]) is not int or data["version"] != VERSION:  # True is 1, too
-        raise ValueError(f"plan of version {data['version']!r}: this jail speaks version {VERSION}")
-    kinds = {"domain": str, "domid": int, "restricted": bool, "shared": bool, "steps": list, "after": list}
-    for name, kind in kinds.items():
-        if type(data[name]) is not kind:
-            raise ValueError(f"plan: {name} is not of type {kind.__name__}")
-    return steps.Plan(
-        domain=data["domain"],
-        domid=data["domid"],
-        restricted=data["restricted"],
-        shared=data["shared"],
-        steps=tuple(_step(item) for item in data["steps"]),
-        after=tuple(_step(item) for item in data["after"]),
-    )
+    words = iter(unpack(body))
+    try:
+        version = next(words)
+        if version != VERSION:
+            raise ValueError(f"a plan in format {version[:40]!r}: this jail reads {VERSION}")
+        plan = steps.Plan(
+            domain=_text(next(words)),
+            domid=_int("domid", next(words)),
+            restricted=_is_true("restricted", next(words)),
+            shared=_is_true("shared", next(words)),
+            steps=_steps(words),
+            after=_steps(words),
+        )
+    except StopIteration:
+        raise ValueError("the plan ends early") from None
+    if next(words, None) is not None:
+        raise ValueError("the plan goes on after its end")
+    return plan
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """Return one step as a JSON object whose first key, ``step``, names it."""
+    """Return one step as a JSON object whose first key, ``step``, names it: what `plan --json` prints."""
     return {"step": type(record).__name__, **record.as_dict()}
 
 
-def _step(item: object) -> Any:  # noqa: ANN401 (the JSON boundary)
-    fields = cast("dict[str, Any]", item)
-    if type(item) is not dict or type(fields.get("step")) is not str or fields["step"] not in _STEPS:
-        raise ValueError(f"unknown step {repr(fields)[:80]}")
-    kind = _STEPS[fields["step"]]
-    values = {key: value for key, value in fields.items() if key != "step"}
-    if values.keys() != kind.fields.keys():
-        wrong = ", ".join(sorted(values.keys() ^ kind.fields.keys()))
-        raise ValueError(f"step {kind.__name__}: unknown or missing: {wrong}")
-    return kind(**{name: _value(f"{kind.__name__}.{name}", kind.fields[name], values[name]) for name in values})
+def _words(value: object) -> list[str]:
+    """Return a field as words: a tuple is its length and its items."""
+    if isinstance(value, tuple):
+        items = [str(item) for item in cast("tuple[object, ...]", value)]
+        return [str(len(items)), *items]
+    return [_bool(value)] if isinstance(value, bool) else [str(value)]
 
 
-def _value(place: str, annotation: str, value: Any) -> Any:  # noqa: ANN401 (the JSON boundary)
-    """Return ``value`` as the annotation asks for, or raise: never convert."""
-    scalars: dict[str, type] = {"int": int, "str": str, "bool": bool}
-    if annotation in scalars:
-        if type(value) is not scalars[annotation]:
-            raise ValueError(f"{place}: want {annotation}, have {type(value).__name__}")
-        return value
-    inner = scalars[annotation.removeprefix("tuple[").removesuffix(", ...]")]
-    items = cast("list[object]", value)
-    if type(value) is not list or any(type(item) is not inner for item in items):
-        raise ValueError(f"{place}: want {annotation}")
-    return tuple(items)
+def _bool(value: bool) -> str:
+    return "1" if value else "0"
+
+
+def _steps(words: Iterator[str]) -> tuple[Step, ...]:
+    return tuple(_step(words) for _ in range(_count("steps", next(words))))
+
+
+def _step(words: Iterator[str]) -> Any:  # noqa: ANN401 (one of many kinds)
+    name = _word(words)
+    kind = _STEPS.get(name)
+    if kind is None:
+        raise ValueError(f"unknown step {name[:80]!r}")
+    return kind(**{field: _field(f"{name}.{field}", kind.fields[field], words) for field in kind.fields})
+
+
+def _field(place: str, annotation: str, words: Iterator[str]) -> object:
+    """Take the field's words and return its value: exactly what the annotation says, or an error."""
+    if annotation.startswith("tuple["):
+        inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_scalar(place, inner, _word(words)) for _ in range(_count(place, _word(words))))
+    return _scalar(place, annotation, _word(words))
+
+
+def _scalar(place: str, annotation: str, word: str) -> object:
+    if annotation == "int":
+        return _int(place, word)
+    return _is_true(place, word) if annotation == "bool" else _text(word)
+
+
+def _word(words: Iterator[str]) -> str:
+    """Return the next word; a StopIteration inside a generator expression would become a RuntimeError."""
+    word = next(words, None)
+    if word is None:
+        raise ValueError("the plan ends early")
+    return word
+
+
+def _text(word: str) -> str:
+    return word
+
+
+def _int(place: str, word: str) -> int:
+    """Return a number written as Python writes it, in one way only."""
+    if len(word) > 20 or not word.removeprefix("-").isdecimal() or str(int(word)) != word:
+        raise ValueError(f"{place}: want a number, have {word[:40]!r}")
+    return int(word)
+
+
+def _count(place: str, word: str) -> int:
+    number = _int(place, word)
+    if not 0 <= number <= _ITEMS_MAX:
+        raise ValueError(f"{place}: {number} items")
+    return number
+
+
+def _is_true(place: str, word: str) -> bool:
+    if word not in ("0", "1"):
+        raise ValueError(f"{place}: want 0 or 1, have {word[:40]!r}")
+    return word == "1"

@@ -48,6 +48,7 @@ def look(
     paths.append(ovmf)
     program = find_program(config.device_model_override)
     dirs, links = root_layout(program.path)
+    cgroup, version = find_cgroup()
     return Host(
         root=os.geteuid() == 0,
         program=program,
@@ -61,7 +62,8 @@ def look(
         kvm_node=device_number("/dev/kvm"),
         xen=os.path.exists("/proc/xen/capabilities"),
         ovmf=ovmf,
-        cgroup_dir=cgroup_dir(),
+        cgroup_dir=cgroup,
+        cgroup_version=version,
         root_dirs=dirs,
         root_links=links,
         utc_offset_s=time.localtime().tm_gmtoff,
@@ -127,18 +129,21 @@ def device_number(path: str) -> tuple[int, int]:
     return (os.major(have.st_rdev), os.minor(have.st_rdev)) if stat.S_ISCHR(have.st_mode) else (0, 0)
 
 
-def cgroup_dir() -> str:
-    """Return where cgroups are made: the v2 hierarchy if one is mounted, else a v1 one. See cgroups(7)."""
+def find_cgroup() -> tuple[str, int]:
+    """Return where cgroups are made and the version: the v2 hierarchy if one is mounted, else a v1 one.
+
+    "" if there is none. See cgroups(7).
+    """
     v1 = ""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             left, _, right = line.partition(" - ")
             kind, _, options = right.partition(" ")
             if kind == "cgroup2":
-                return left.split()[4]
+                return left.split()[4], 2
             if kind == "cgroup" and not v1 and {"pids", "freezer"} & set(options.split()[-1].split(",")):
                 v1 = left.split()[4]
-    return v1
+    return v1, 1
 
 
 def look_at(path: str) -> FileFacts:

@@ -101,7 +101,8 @@ def render(error: BaseException) -> str:
     """Return the lines the command line prints: error, place, cause, fix."""
     lines = [f"error: {error}"]
     if isinstance(error, ConfigError) and error.text:
-        shown = error.text.replace("\t", " ")
+        # One for one, so that the mark stays below its place; a file may hold what would steer a terminal.
+        shown = "".join(char if char.isprintable() else " " if char == "\t" else "?" for char in error.text)
         lines += [f"  {shown}", "  " + " " * (max(error.column, 1) - 1) + "^"]
     cause = error.cause if isinstance(error, DeprivError) else ""
     if not cause and error.__cause__ is not None:

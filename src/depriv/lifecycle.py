@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from depriv.planner import Launch
     from depriv.registry import Registry
     from depriv.report import AuditReport
+    from depriv.spawn import Launched
 
 START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
 QMP_TIMEOUT_S = 10.0
@@ -135,21 +136,20 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
     times: list[tuple[str, float]],
 ) -> tuple[Entry, AuditReport]:
     """From the plan to a guest that runs, its QEMU confined, audited and released."""
-    answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
-    times += [(f"jail: {name}", at) for name, at in answer["times"]]
-    pid = int(answer["pid"])
+    launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
+    times += [(f"jail: {name}", at) for name, at in launched.times]
     with (
-        closing(jail.take_pidfd()) as pidfd,
+        closing(launched.pidfd),
         Log(f"{launch.directory}/log") as log,
-        _await_prelaunch(launch, pid, pidfd, log) as monitor,
+        _await_prelaunch(launch, launched, log) as monitor,
     ):
         times.append(("prelaunch", time.monotonic()))
         _refuse_lockless(log)
         if launch.plan.after:
             jail.empty_root(timeout_s=QMP_TIMEOUT_S)
         times.append(("empty root", time.monotonic()))
-        entry = entry.replace(expected=_expected(launch, entry, pid, answer["granted"]))
-        report = audit(pid, expected=entry.expected, others=_others(registry, entry.domid))
+        entry = entry.replace(expected=_expected(launch, entry, launched))
+        report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
         _refuse_unless_it_holds(report, launch)
         times.append(("audit", time.monotonic()))
         entry = entry.replace(state="running")
@@ -175,7 +175,7 @@ def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
         )
 
 
-def _await_prelaunch(launch: Launch, pid: int, pidfd: int, log: Log) -> Monitor:
+def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
     """Have QEMU say over QMP that it waits before the guest's first instruction; return the connection."""
     try:
         monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S)
@@ -188,7 +188,7 @@ def _await_prelaunch(launch: Launch, pid: int, pidfd: int, log: Log) -> Monitor:
         return monitor
     except MonitorError as error:
         said = log.text()
-        end = _how_it_ended(pid, pidfd)
+        end = _how_it_ended(launched)
         if not end and not said:
             raise
         raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=_start_fix(said)) from error
@@ -201,10 +201,10 @@ def _refuse_lockless(log: Log) -> None:
         raise MonitorError("QEMU works without image locks", cause=said)
 
 
-def _how_it_ended(pid: int, pidfd: int) -> str:
+def _how_it_ended(launched: Launched) -> str:
     try:
-        signal.pidfd_send_signal(pidfd, 0)  # type: ignore[attr-defined, unused-ignore] # Linux only
-        state = proc.alive(pid, proc.start_time(pid))
+        signal.pidfd_send_signal(launched.pidfd, 0)  # type: ignore[attr-defined, unused-ignore] # Linux only
+        state = proc.alive(launched.pid, proc.start_time(launched.pid))
     except ProcessLookupError:
         state = "dead"
     return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"
@@ -239,7 +239,8 @@ class Log:
             if not chunk:
                 break
             self._data += chunk
-        return console_safe(self._data[:_LOG_SHOWN]).strip()
+        own = b"\n".join(line for line in self._data.split(b"\n") if not _is_traced(line))
+        return console_safe(own[:_LOG_SHOWN]).strip()
 
     def raw(self) -> str:
         """Return all of it, for a reader that trusts it: no guest has run."""
@@ -255,6 +256,12 @@ class Log:
         os.close(self._fd)
 
 
+def _is_traced(line: bytes) -> bool:
+    """Tell whether a line is one of the thousand that a dry run asks for, not something that QEMU has to say."""
+    head, tab, _ = line.partition(b":\t")  # ld.so(8), LD_DEBUG: "%9d:\t"
+    return line.startswith(b"load_file ") or (bool(tab) and head.strip().isdigit())
+
+
 @contextlib.contextmanager
 def closing(fd: int) -> Generator[int]:
     """Close a descriptor at the end of the block."""
@@ -268,9 +275,9 @@ def _discover(launch: Launch) -> str:
     """Do the dry run and return what it printed. Its QEMU ends with it."""
     try:
         with Jail() as jail:
-            answer = jail.run(launch.plan, timeout_s=START_TIMEOUT_S)
-            with closing(jail.take_pidfd()) as pidfd, Log(f"{launch.directory}/log") as log:
-                _await_prelaunch(launch, int(answer["pid"]), pidfd, log).close()
+            launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
+            with closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
+                _await_prelaunch(launch, launched, log).close()
                 return log.raw()
     finally:
         for name in ("qmp", "log"):
@@ -278,25 +285,32 @@ def _discover(launch: Launch) -> str:
                 os.unlink(f"{launch.directory}/{name}")
 
 
-def _expected(launch: Launch, entry: Entry, pid: int, granted: dict[str, list[object]]) -> Expected:
+def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
     """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
-    opened = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
+    files = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
+    paths = {"qmp": f"{launch.directory}/qmp", "log": f"{launch.directory}/log"}
+    paths |= {role: step.path for role, step in files.items()}
     execute = launch.plan.steps[-1].as_dict()
-    grants: list[Grant] = []
-    for role, (kind, dev, ino, rdev, access) in granted.items():
-        path = {"qmp": f"{launch.directory}/qmp", "log": f"{launch.directory}/log"}.get(role, "")
-        path = opened[role].path if role in opened else path
-        locked = role in opened and opened[role].kind in ("file", "block")
-        grants.append(
-            Grant(role=role, kind=kind, dev=dev, ino=ino, rdev=rdev, access=access, path=path, locked=locked)  # type: ignore[arg-type]
+    grants = [
+        Grant(
+            role=item.role,
+            kind=item.kind,
+            dev=item.dev,
+            ino=item.ino,
+            rdev=item.rdev,
+            access=item.access,
+            path=paths.get(item.role, f"/dev/{item.role}"),
+            locked=item.role in files and item.kind in ("file", "block"),
         )
+        for item in launched.opened
+    ]
     return Expected(
         domain=entry.name,
         domid=entry.domid,
         uid=entry.uid,
         gid=entry.gid,
-        pid=pid,
-        starttime=proc.start_time(pid),
+        pid=launched.pid,
+        starttime=proc.start_time(launched.pid),
         restricted=entry.restricted,
         limits=tuple(
             Limit(name=step.name, soft=step.value, hard=step.value)
@@ -400,7 +414,7 @@ def end_processes(entry: Entry, registry: Registry) -> None:
         )
         steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
         with Jail() as jail:
-            jail.run(steps, timeout_s=END_TIMEOUT_S + 5)
+            jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
     remove_cgroup(entry.cgroup)
 
 

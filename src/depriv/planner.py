@@ -226,7 +226,7 @@ def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...],
             )
     steps.append(ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD))
     steps.append(MakeFifo(role="log", path=f"{directory}/log", numbers=(1, 2), size_kib=log_kib))
-    steps.append(MakeCgroup(path=f"{host.cgroup_dir}/depriv/{host.domid}"))
+    steps.append(MakeCgroup(path=f"{host.cgroup_dir}/depriv/{host.domid}", version=host.cgroup_version))
     return tuple(steps)
 
 

@@ -125,9 +125,12 @@ class Registry:
         Raises:
             NotFoundError: there is none.
         """
-        for entry in self.entries():
-            if name in (entry.name, str(entry.domid)):
-                return entry
+        entries = self.entries()
+        # A number is a domid before it is a name, whatever order they were made in: `destroy 7` ends domain 7.
+        for key in ("domid", "name"):
+            for entry in entries:
+                if name == str(getattr(entry, key)):
+                    return entry
         raise NotFoundError(f"there is no domain {name!r}", fix="see depriv list")
 
     def next_domid(self) -> int:

@@ -10,6 +10,8 @@ dumpable (would_dump() in fs/exec.c). The copy is used until any of the original
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 
@@ -19,7 +21,7 @@ from depriv.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from depriv.planner import Launch
 
@@ -48,8 +50,29 @@ def ensure(launch: Launch, discover: Callable[[], str]) -> None:
     """
     if _is_current(launch):
         return
-    files = files_loaded(discover(), launch.plan.steps[-1].as_dict()["path"])
-    _build(launch, files)
+    with _locked(os.path.dirname(launch.runtime)):
+        if not _is_current(launch):  # another start may have made it while this one waited
+            files = files_loaded(discover(), launch.plan.steps[-1].as_dict()["path"])
+            _build(launch, files)
+
+
+@contextlib.contextmanager
+def _locked(parent: str) -> Generator[None]:
+    """Make the folder of all copies and let nobody else change what is in it.
+
+    Two starts that each made a copy would pull it from under each other: one removes what the other's jail is binding.
+    """
+    try:
+        os.makedirs(parent, 0o755, exist_ok=True)
+        _check_owner(parent)
+        fd = os.open(f"{parent}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise HostError(f"cannot use {parent}", fix="run this as root, on a host where /var is writable") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # its holder ends within the deadlines of a start
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_current(launch: Launch) -> bool:
@@ -118,8 +141,6 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
     parent = os.path.dirname(launch.runtime)
     beside = f"{launch.runtime}.{os.getpid()}"
     try:
-        os.makedirs(parent, 0o755, exist_ok=True)
-        _check_owner(parent)
         shutil.rmtree(beside, ignore_errors=True)
         sources: list[tuple[str, int, int, int]] = []
         for number, path in enumerate(files):
@@ -131,12 +152,7 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
             json.dump(data, file)
         _remove_stale(parent)
         shutil.rmtree(launch.runtime, ignore_errors=True)
-        try:
-            os.rename(beside, launch.runtime)
-        except OSError:
-            # Another command was faster; its copy is of the same files.
-            if not _is_current(launch):
-                raise
+        os.rename(beside, launch.runtime)
     except OSError as error:
         raise HostError(f"cannot make {launch.runtime}", fix="see that there is room for 60 MB") from error
     finally:

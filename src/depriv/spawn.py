@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import array
-import json
 import os
 import socket
 import sys
@@ -12,16 +10,37 @@ import time
 
 from depriv import codec
 from depriv.errors import JailError
+from depriv.records import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Self
 
     from depriv.steps import Plan
 
 _JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail", "__main__.py")
 _CONTROL_FD = 3
-_LINE_MAX = 65536
+_MESSAGE_MAX = 65536
+
+
+class Opened(Record):
+    """One descriptor that QEMU got, as fstat(2) describes it."""
+
+    role: str
+    kind: str  # "file", "block", "char", "fifo" or "socket"
+    dev: int
+    ino: int
+    rdev: int
+    access: str  # "ro" or "rw"
+
+
+class Launched(Record):
+    """A QEMU that executes."""
+
+    pid: int
+    pidfd: int  # the caller's to close
+    opened: tuple[Opened, ...]
+    times: tuple[tuple[str, float], ...]  # step, CLOCK_MONOTONIC seconds at its end
 
 
 class Jail:
@@ -39,11 +58,10 @@ class Jail:
                 (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, theirs.fileno(), _CONTROL_FD),
             ],
-            setsigdef=(),
+            setsigmask=(),
         )
         theirs.close()
         self._buffer = b""
-        self._fds: list[int] = []
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -52,75 +70,83 @@ class Jail:
     def __exit__(self, *_exception: object) -> None:
         """Close the control socket: a jail that was not released kills what it started, and ends. Wait for that."""
         self._control.close()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
         if self._pid:
             os.waitpid(self._pid, 0)
             self._pid = 0
 
-    def run(self, plan: Plan, *, timeout_s: float) -> dict[str, Any]:
-        """Send the plan and return the answer: ``started`` or ``done``.
+    def launch(self, plan: Plan, *, timeout_s: float) -> Launched:
+        """Have a plan done up to QEMU's exec.
 
         Raises:
             JailError: a step failed; nothing of the plan is left.
         """
-        text = codec.encode(plan)
-        try:
-            self._control.sendall(b"%d\n%s" % (len(text), text))
-        except OSError as error:
-            raise JailError("the jail ended before it was told what to do") from error
-        return self._answer(timeout_s)
+        self._send(plan)
+        words = iter(self._answer("started", timeout_s))
+        pid = int(next(words))
+        made: list[Opened] = []
+        for role in words:
+            if role == "times":
+                break
+            kind, dev, ino, rdev, access = (next(words) for _ in range(5))
+            made.append(Opened(role=role, kind=kind, dev=int(dev), ino=int(ino), rdev=int(rdev), access=access))
+        times = [(name, int(next(words)) / 1e9) for name in words]
+        # The jail is its parent and has not waited for it: the number cannot be another's yet.
+        return Launched(pid=pid, pidfd=os.pidfd_open(pid), opened=tuple(made), times=tuple(times))
 
-    def take_pidfd(self) -> int:
-        """Return the pidfd that came with ``started``; it is the caller's now."""
-        return self._fds.pop(0)
+    def reap(self, plan: Plan, *, timeout_s: float) -> None:
+        """Have a plan done that only reaps.
+
+        Raises:
+            JailError: a process of the uid is left, or the reaper failed.
+        """
+        self._send(plan)
+        self._answer("done", timeout_s)
 
     def empty_root(self, *, timeout_s: float) -> None:
         """Have the plan's ``after`` done."""
         self._control.sendall(b"E")
-        self._answer(timeout_s)
+        self._answer("emptied", timeout_s)
 
     def release(self) -> None:
         """Let QEMU live on after the jail's end."""
         self._control.sendall(b"D")
 
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
+    def _send(self, plan: Plan) -> None:
+        try:
+            self._control.sendall(codec.encode(plan))
+        except OSError as error:
+            raise JailError("the jail ended before it was told what to do") from error
+
+    def _answer(self, want: str, timeout_s: float) -> list[str]:
+        """Return the words after ``want``."""
         deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
+        size = -1
+        while size < 0 or len(self._buffer) < size:
+            if size < 0 and b"\n" in self._buffer:
+                head, _, self._buffer = self._buffer.partition(b"\n")
+                size = int(head)
+                continue
             self._control.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
-                chunk, fds = self._receive()
+                chunk = self._control.recv(_MESSAGE_MAX)
             except TimeoutError as error:
                 raise JailError(f"the jail did not answer within {timeout_s:.0f} seconds") from error
             except OSError as error:
                 raise JailError("the jail ended without an answer") from error
-            self._fds += fds
-            if not chunk or len(self._buffer) > _LINE_MAX:
-                raise JailError(
-                    "the jail ended without an answer", fix="run it again with depriv plan to see the steps"
-                )
+            if not chunk or len(self._buffer) > _MESSAGE_MAX:
+                raise JailError("the jail ended without an answer", fix="try again; see the steps with depriv plan")
             self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        if message["event"] == "failed":
-            raise _failure(message)
-        return message
-
-    def _receive(self) -> tuple[bytes, list[int]]:
-        chunk, ancillary, _flags, _address = self._control.recvmsg(_LINE_MAX, socket.CMSG_SPACE(16), 0x40000000)
-        fds: list[int] = []
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(data[: len(data) // 4 * 4])
-                fds += numbers.tolist()
-        return chunk, fds
+        body, self._buffer = self._buffer[:size], self._buffer[size:]
+        word, *words = codec.unpack(body)
+        if word == "failed":
+            raise _failure(*words)
+        if word != want:
+            raise JailError(f"the jail answered {word[:40]!r}, not {want!r}")
+        return words
 
 
-def _failure(message: dict[str, Any]) -> JailError:
-    step, cause, errno = str(message["step"]), str(message["cause"]), int(message["errno"])
-    return JailError(f"cannot {step}", cause=cause, fix=_fix(step, errno), step=step, errno=errno)
+def _failure(step: str, errno: str, cause: str) -> JailError:
+    return JailError(f"cannot {step}", cause=cause, fix=_fix(step, int(errno)), step=step, errno=int(errno))
 
 
 # First word or words of the step, errno -> what to do. The kernel's text alone has sent many a reader looking in the
@@ -132,7 +158,7 @@ _FIXES = {
     ("drop all groups", 1): "user namespaces are forbidden here; see depriv doctor",
     ("make cgroup", 17): "a cgroup of an earlier domain is left; end what runs in it, then: rmdir it",
     ("make cgroup", 30): "the cgroup file system is read-only; run this outside of the container",
-    ("execute", 13): "see that the folder named above is not mounted noexec",
+    ("execute", 13): "see that everybody may enter the folders above it, and that they are not mounted noexec",
     ("execute", 8): "it is not a program for this processor",
     ("kill every process", 16): "a process of this uid does not die (uninterruptible sleep?); look for it with ps -U",
     ("kill every process", 110): "wait for the other command to end",

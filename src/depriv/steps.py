@@ -64,9 +64,10 @@ class MakeFifo(Record):
 
 
 class MakeCgroup(Record):
-    """Make the leaf cgroup; the device model joins it after the fork."""
+    """Make the leaf cgroup that the device model is born in (version 2) or joins first of all (version 1)."""
 
     path: str  # absolute path of the directory
+    version: int
 
 
 class Unshare(Record):

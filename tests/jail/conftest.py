@@ -11,7 +11,7 @@ import pytest
 from tests.support import host
 from tests.support.launch import REAPER_UID, UIDS, Ground
 
-from depriv.detect import cgroup_dir
+from depriv.detect import find_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def ground(tmp_path: Path) -> Generator[Ground]:
     """A state folder and plans on it; after the test nothing of them may be left."""
     host.need(os.geteuid() == 0, what="root")
-    host.need(bool(cgroup_dir()), what="cgroups")
+    host.need(bool(find_cgroup()[0]), what="cgroups")
     host.need(shutil.which("gcc") is not None, what="gcc")
     # What is reaped by uid has to be ours.
     assert host.living(UIDS) == ()
@@ -32,7 +32,7 @@ def ground(tmp_path: Path) -> Generator[Ground]:
     yield made
     left = [str(entry.domid) for entry in made.registry.entries() if os.path.exists(entry.cgroup)]
     made.close()
-    assert host.settled(before, **made.where()) == before
+    assert host.settled(before, made.where()) == before
     assert left == [], "the test left cgroups of these domains"
 
 

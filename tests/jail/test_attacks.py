@@ -141,8 +141,8 @@ int main(void)
     }
     sigprocmask(SIG_SETMASK, 0, &blocked);
     printf("securebits %d\ndumpable %d\nno_new_privs %d\nbounding %lu\nambient %lu\nblocked %d\nend\n",
-        prctl(PR_GET_SECUREBITS, 0, 0, 0, 0), prctl(PR_GET_DUMPABLE, 0, 0, 0, 0), prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0),
-        bounding, ambient, sigismember(&blocked, SIGTERM));
+        prctl(PR_GET_SECUREBITS, 0, 0, 0, 0), prctl(PR_GET_DUMPABLE, 0, 0, 0, 0),
+        prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), bounding, ambient, sigismember(&blocked, SIGTERM));
     fflush(stdout);
     for (;;)
         pause();
@@ -279,7 +279,7 @@ def test_uid_alone_keeps_two_guests_apart(ground: Ground) -> None:
 
         assert try_all(first, second.identity.uid, one, ground.disk) == {}
         assert try_all(second, first.identity.uid, two, ground.kernel) == {}
-        # As the reaper, too: the other way round, only it may signal them, and only under its euid.
+        # Its real uid alone gives the reaper nothing: what it may, it may by the effective one.
         assert as_uid(REAPER_UID, ground.program, "--victim", str(one.pid), "--only", "kill_victim")[
             "kill_victim"
         ].result == ("EPERM")

@@ -14,7 +14,7 @@ from tests.support.guests import CommandLine
 from tests.support.host import need, settled, snapshot
 
 from depriv import demo_guest
-from depriv.detect import cgroup_dir
+from depriv.detect import find_cgroup
 from depriv.identity import RANGE_BASE
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def uids() -> range:
 @pytest.fixture
 def unchanged(uids: range) -> Iterator[None]:
     """Fail a test after which the host differs from before: processes, cgroups, interfaces, descriptors."""
-    folder = f"{cgroup_dir()}/depriv"
+    folder = f"{find_cgroup()[0]}/depriv"
     where = {"uids": uids, "cgroups": tuple(f"{folder}/{domid}" for domid in guests.DOMIDS)}
     before = snapshot(**where)  # type: ignore[arg-type] # the arguments by their names
     yield

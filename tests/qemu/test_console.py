@@ -33,7 +33,9 @@ FLOOD = (
 )
 # One that writes what would take over a terminal: ESC ] 0 ; title BEL, ESC [ 2 J, and a CSI byte; then halts.
 RUDE_TEXT = b"before\x1b]0;owned\x07\x1b[2J\x9b31mafter\r\n\0"
-RUDE = bytes.fromhex("31 c0 8e d8 be 18 7c ba f8 03 fc ac 84 c0 74 03 ee eb f8 f4 eb fd").ljust(0x18, b"\x90") + RUDE_TEXT
+RUDE = (
+    bytes.fromhex("31 c0 8e d8 be 18 7c ba f8 03 fc ac 84 c0 74 03 ee eb f8 f4 eb fd").ljust(0x18, b"\x90") + RUDE_TEXT
+)
 
 
 def boot(host: Toolstack, folder: Path, code: bytes) -> Guest:

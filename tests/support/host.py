@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 from depriv import proc
-from depriv.detect import cgroup_dir
+from depriv.detect import find_cgroup
 from depriv.records import Record
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class HostState(Record):
@@ -51,17 +55,19 @@ def snapshot(*, folder: str = "", uids: range = range(0), cgroups: tuple[str, ..
 
 def domain_cgroups(domids: range) -> tuple[str, ...]:
     """Return the directories that domains with these ids have as cgroups."""
-    return tuple(f"{cgroup_dir()}/depriv/{domid}" for domid in domids)
+    return tuple(f"{find_cgroup()[0]}/depriv/{domid}" for domid in domids)
 
 
-def settled(before: HostState, *, timeout_s: float = 5.0, **where: object) -> HostState:
+def settled(before: HostState, where: dict[str, Any], *, timeout_s: float = 5.0) -> HostState:
     """Return the state once it equals ``before``, or as it is at the deadline, for the assertion to show.
+
+    ``where`` are the arguments of ``snapshot``.
 
     Only for what ends by itself and by no wait of ours: an orphan that process 1 of the host has to reap.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        now = snapshot(**where)  # type: ignore[arg-type] # the arguments of snapshot, handed through
+        now = snapshot(**where)
         if now == before or time.monotonic() > deadline:
             return now
         time.sleep(0.02)

@@ -22,15 +22,16 @@ from tests.support.linux import cache_directory
 
 from depriv import lifecycle, planner, steps
 from depriv.config import Disk, Domain
-from depriv.detect import cgroup_dir, look_at
+from depriv.detect import find_cgroup, look_at
 from depriv.host import Host, Program
 from depriv.identity import RANGE_BASE, REAPER, Accounts, Group, User
 from depriv.registry import Registry
 from depriv.spawn import Jail
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from pathlib import Path
+    from typing import Any
 
     from depriv.planner import Launch
     from depriv.registry import Entry
@@ -69,18 +70,18 @@ class Ground:
         self.kernel = folder / "kernel"
         self.kernel.write_bytes(b"\x7fELF, in name only")
         self.kernel.chmod(0o600)
-        self.cgroups = f"{cgroup_dir()}/depriv-tests-{os.getpid()}"
+        self.cgroups = f"{find_cgroup()[0]}/depriv-tests-{os.getpid()}"
         self._next = FIRST_DOMID
         self.program = build.attacker(cache_directory())
 
-    def where(self) -> dict[str, object]:
+    def where(self) -> dict[str, Any]:
         """Return the arguments of ``host.snapshot`` for this ground."""
         cgroups = tuple(f"{self.cgroups}/depriv/{domid}" for domid in DOMIDS)
         return {"folder": self.registry.folder, "uids": UIDS, "cgroups": cgroups}
 
     def snapshot(self) -> host.HostState:
         """Return what a failed start has to leave as it was."""
-        return host.snapshot(**self.where())  # type: ignore[arg-type] # the arguments of snapshot, by name
+        return host.snapshot(**self.where())
 
     def launch(self, *words: str, disk: Path | None = None, restricted: bool = True) -> Launch:
         """Return the plan of a new domain whose QEMU is ``self.program``, told ``words``, and register it."""
@@ -101,6 +102,7 @@ class Ground:
             files=(look_at(str(image)), look_at(str(self.kernel))),
             domid=domid,
             cgroup_dir=self.cgroups,
+            cgroup_version=find_cgroup()[1],
             root_links=(("bin", "usr/bin"),),
             state_dir=self.registry.folder,
             cache_dir=str(self.folder / "cache"),
@@ -144,9 +146,8 @@ class Running:
     def __init__(self, jail: Jail, launch: Launch) -> None:
         """Have the plan done and take hold of what was started."""
         self.jail = jail
-        self.answer = jail.run(launch.plan, timeout_s=TIMEOUT_S)
-        self.pid = int(self.answer["pid"])
-        self.pidfd = jail.take_pidfd()
+        self.launched = jail.launch(launch.plan, timeout_s=TIMEOUT_S)
+        self.pid, self.pidfd = self.launched.pid, self.launched.pidfd
         self.log = lifecycle.Log(f"{launch.directory}/log")
 
     def ended(self, timeout_s: float = TIMEOUT_S) -> bool:
@@ -207,9 +208,8 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def wait_for(condition: object, timeout_s: float = TIMEOUT_S) -> bool:
+def wait_for(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
     """Return whether ``condition()`` came true within the time."""
-    assert callable(condition)
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

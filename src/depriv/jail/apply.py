@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One function per step of a plan. No decisions, no fallback, no retry: the first failure ends the jail."""
+"""One function per step of a plan. No decisions, no fallback, no retry: the first failure ends the jail.
+
+Each takes the step and the ``State`` and raises ``OSError`` if the kernel refused, ``ValueError`` if a file is not the
+one that was planned for: then the process must end, never go on. It must be single-threaded.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import resource
-import signal
-import socket
 import stat
 
 from depriv import steps
@@ -16,10 +18,13 @@ from depriv.jail.reap import reap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
-    from depriv.steps import Step
+    from depriv.records import Record
 
+ASK_FOR_MAP = b"U"  # the child's word, and the parent's, about the uid map
+MAPPED = b"G"
 _OWN_FDS = 100  # granted descriptors wait above this number until exec puts them at theirs
 _KINDS = {"file": stat.S_ISREG, "block": stat.S_ISBLK, "char": stat.S_ISCHR}
 
@@ -27,16 +32,18 @@ _KINDS = {"file": stat.S_ISREG, "block": stat.S_ISBLK, "char": stat.S_ISCHR}
 class State:
     """What the steps of one plan share: open descriptors, and where the root is being built."""
 
-    def __init__(self, handshake: socket.socket) -> None:
-        """Take the socket over which the child asks its parent to write its uid map."""
-        # Out of the way, too: exec has to be able to fail aloud after every number below is taken.
-        self.handshake = socket.socket(fileno=fcntl.fcntl(handshake, fcntl.F_DUPFD_CLOEXEC, _OWN_FDS))
-        handshake.close()
+    def __init__(self, tell: int, waits: int) -> None:
+        """Take the child's ends of two pipes: one to speak to its parent, one to wait for it."""
+        # Out of the way of the numbers that QEMU gets: exec has to be able to fail aloud.
+        self.tell = _move_up(tell) if tell >= 0 else -1
+        self.waits = _move_up(waits) if waits >= 0 else -1
         self.opened: dict[str, int] = {}  # role -> descriptor
         self.granted: dict[int, int] = {}  # number in QEMU -> descriptor
         self.nodes: dict[str, os.stat_result] = {}  # name -> a device node that QEMU opens by itself
         self.root = ""  # where the new root is mounted; "" once it is the root
-        self.cgroup_procs = -1
+        self.cgroup = -1  # its directory, and the one that is in; -1: not made
+        self.cgroup_folder = -1
+        self.cgroup_version = 0
         self.late_namespaces = 0  # left by the child itself
         # Both are needed when /proc is no longer to be seen.
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -44,67 +51,16 @@ class State:
             self.last_cap = int(file.read())
 
 
-def apply(step: Step, state: State) -> None:  # noqa: C901, PLR0912 (one call per step, flat)
-    """Do one step in this process, which must be single-threaded.
-
-    Raises:
-        OSError: the kernel refused; the process must end, never go on.
-        ValueError: a file is not the one that was planned for.
-    """
-    match step:
-        case steps.Reap():
-            reap(step)
-        case steps.OpenFile():
-            open_file(step, state)
-        case steps.ListenUnix():
-            listen_unix(step, state)
-        case steps.MakeFifo():
-            make_fifo(step, state)
-        case steps.MakeCgroup():
-            make_cgroup(step, state)
-        case steps.Unshare():
-            unshare(step, state)
-        case steps.MakeRoot():
-            make_root(step, state)
-        case steps.MakeDir():
-            os.mkdir(state.root + step.path, 0o755)
-        case steps.MakeLink():
-            os.symlink(step.target, state.root + step.path)
-        case steps.MakeNode():
-            make_node(step, state)
-        case steps.BindTree():
-            bind_tree(step, state)
-        case steps.MakePrivate():
-            flags = sys.MS_NOSUID | sys.MS_NODEV | sys.MS_NOEXEC
-            sys.mount("private", state.root + step.path, "tmpfs", flags, f"mode=755,size={step.size_kib}k")
-        case steps.CopyFile():
-            copy_file(step, state)
-        case steps.PivotRoot():
-            pivot_root(state)
-        case steps.SetHostname():
-            sys.sethostname(step.name)
-        case steps.BecomeInit():
-            become_init(state)
-        case steps.SetLimit():
-            set_limit(step)
-        case steps.NewUser():
-            new_user(state)
-        case steps.DropCapabilities():
-            drop_capabilities(state)
-        case steps.SetIds():
-            set_ids(step)
-        case steps.NoNewPrivs():
-            no_new_privs()
-        case steps.Execute():
-            execute(step, state)
-        case steps.EmptyRoot():
-            empty_root(step)
+def _move_up(fd: int) -> int:
+    """Move a descriptor out of the way of the numbers that QEMU gets."""
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OWN_FDS)
+    os.close(fd)
+    return high
 
 
 def _keep(fd: int, role: str, number: int, state: State) -> None:
-    """Move a descriptor out of the way of the numbers that QEMU gets, and remember whose it is."""
-    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OWN_FDS)
-    os.close(fd)
+    """Remember whose descriptor it is, and as which number QEMU gets it."""
+    high = _move_up(fd)
     state.opened[role] = high
     if number >= 0:
         state.granted[number] = high
@@ -126,18 +82,13 @@ def open_file(step: steps.OpenFile, state: State) -> None:
 def listen_unix(step: steps.ListenUnix, state: State) -> None:
     """Bind and listen. The path may be longer than a socket address: bind in the directory, by a short name."""
     folder, _, name = step.path.rpartition("/")
-    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     before = os.umask(0o177)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        os.fchdir(directory)
-        listener.bind(name)
-        listener.listen(8)
+        os.chdir(folder)
+        _keep(sys.listen_unix(name), step.role, step.number, state)
     finally:
         os.umask(before)
         os.chdir("/")
-        os.close(directory)
-    _keep(listener.detach(), step.role, step.number, state)
 
 
 def make_fifo(step: steps.MakeFifo, state: State) -> None:
@@ -151,10 +102,13 @@ def make_fifo(step: steps.MakeFifo, state: State) -> None:
 
 
 def make_cgroup(step: steps.MakeCgroup, state: State) -> None:
-    """Make the leaf; one that is there already is somebody's, and an error."""
-    os.makedirs(step.path.rpartition("/")[0], 0o755, exist_ok=True)
-    os.mkdir(step.path, 0o755)
-    state.cgroup_procs = os.open(step.path + "/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+    """Make the leaf; one that is there already is somebody's, and an error. Its folder stays open to remove it from."""
+    folder, _, leaf = step.path.rpartition("/")
+    os.makedirs(folder, 0o755, exist_ok=True)
+    state.cgroup_folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.mkdir(leaf, 0o755, dir_fd=state.cgroup_folder)
+    state.cgroup = os.open(leaf, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=state.cgroup_folder)
+    state.cgroup_version = step.version
 
 
 def unshare(step: steps.Unshare, state: State) -> None:
@@ -172,6 +126,20 @@ def make_root(step: steps.MakeRoot, state: State) -> None:
     options = f"mode=755,size={step.size_kib}k,nr_inodes={step.inodes}"
     sys.mount("root", step.mountpoint, "tmpfs", sys.MS_NOSUID | sys.MS_NOEXEC, options)
     state.root = step.mountpoint
+
+
+def _make_dir(step: steps.MakeDir, state: State) -> None:
+    os.mkdir(state.root + step.path, 0o755)
+
+
+def _make_link(step: steps.MakeLink, state: State) -> None:
+    os.symlink(step.target, state.root + step.path)
+
+
+def make_private(step: steps.MakePrivate, state: State) -> None:
+    """Mount a tmpfs just large enough."""
+    flags = sys.MS_NOSUID | sys.MS_NODEV | sys.MS_NOEXEC
+    sys.mount("private", state.root + step.path, "tmpfs", flags, f"mode=755,size={step.size_kib}k")
 
 
 def make_node(step: steps.MakeNode, state: State) -> None:
@@ -208,7 +176,7 @@ def copy_file(step: steps.CopyFile, state: State) -> None:
         os.close(target)
 
 
-def pivot_root(state: State) -> None:
+def pivot_root(_step: steps.PivotRoot, state: State) -> None:
     """Swap the roots in place: with "." for both, the old root lies over the new one and is detached at once."""
     os.chdir(state.root)
     sys.pivot_root(".", ".")
@@ -223,27 +191,40 @@ def _set_root_writable(*, writable: bool) -> None:
     sys.mount("none", "/", "", flags if writable else flags | sys.MS_RDONLY)
 
 
-def become_init(state: State) -> None:
-    """In the child: join the cgroup, make it the root of what is seen of cgroups, lead a session of its own."""
-    os.write(state.cgroup_procs, b"0")
+def fork(state: State) -> int:
+    """Fork, into the cgroup where the kernel can: moving there later waits for an RCU grace period, 15 ms."""
+    return sys.clone_into_cgroup(state.cgroup) if state.cgroup_version == 2 else os.fork()
+
+
+def _set_hostname(step: steps.SetHostname, _state: State) -> None:
+    sys.sethostname(step.name)
+
+
+def become_init(_step: steps.BecomeInit, state: State) -> None:
+    """In the child: make its cgroup the root of what it sees of cgroups, and lead a session of its own."""
+    if state.cgroup_version == 1:
+        fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.cgroup)
+        os.write(fd, b"0")
+        os.close(fd)
     if state.late_namespaces:
         sys.unshare(state.late_namespaces)
     os.setsid()
     os.umask(0o077)
 
 
-def set_limit(step: steps.SetLimit) -> None:
+def set_limit(step: steps.SetLimit, _state: State) -> None:
     """Set soft and hard to one value."""
     value = resource.RLIM_INFINITY if step.value < 0 else step.value
-    resource.setrlimit(sys.RLIMIT[step.name], (value, value))
+    number = 10 if step.name == "LOCKS" else getattr(resource, f"RLIMIT_{step.name}")  # <asm-generic/resource.h>
+    resource.setrlimit(number, (value, value))
 
 
-def new_user(state: State) -> None:
+def new_user(_step: steps.NewUser, state: State) -> None:
     """Enter the user namespace; the parent, still root on the host, maps the one uid and gid into it."""
     os.setgroups(())  # before: in the namespace there is no group to set
     sys.unshare(sys.CLONE_NEW["user"])
-    state.handshake.sendall(b"U")
-    if state.handshake.recv(1) != b"G":
+    os.write(state.tell, ASK_FOR_MAP)
+    if os.read(state.waits, 1) != MAPPED:
         raise OSError(32, "the jail did not map the uid", "uid_map")
 
 
@@ -257,14 +238,14 @@ def map_user(pid: int, step: steps.NewUser, state: State) -> None:
             os.close(fd)
 
 
-def drop_capabilities(state: State) -> None:
+def drop_capabilities(_step: steps.DropCapabilities, state: State) -> None:
     """Bounding set first: it needs CAP_SETPCAP, which is gone with the rest."""
     sys.drop_bounding_set(state.last_cap)
     sys.prctl(sys.PR_CAP_AMBIENT, sys.PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT_CLEAR_ALL")
     sys.prctl(sys.PR_SET_SECUREBITS, sys.SECUREBITS, "PR_SET_SECUREBITS")
 
 
-def set_ids(step: steps.SetIds) -> None:
+def set_ids(step: steps.SetIds, _state: State) -> None:
     """Groups, gid, uid: in this order each is still permitted. Then no capability, in case the uid change kept one."""
     if os.getgroups():
         os.setgroups(())
@@ -273,7 +254,7 @@ def set_ids(step: steps.SetIds) -> None:
     sys.capset_none()
 
 
-def no_new_privs() -> None:
+def no_new_privs(_step: steps.NoNewPrivs, _state: State) -> None:
     """For good; and nobody of this uid may trace the little that is left before exec.
 
     After exec the kernel makes the process not dumpable by itself, because the binary may be executed but not read
@@ -290,13 +271,11 @@ def execute(step: steps.Execute, state: State) -> NoReturn:
         os.dup2(fd, number, inheritable=True)
     # Python ignores both and exec would hand that on. A write past RLIMIT_FSIZE has to fail with EFBIG, not to kill
     # QEMU: SIGXFSZ stays ignored, on purpose. SIGPIPE gets its default back; QEMU ignores it itself.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    sys.default_sigpipe()
     os.execve(step.path, step.argv, dict(item.split("=", 1) for item in step.environ))  # noqa: S606 (no shell is the point)
 
 
-def empty_root(step: steps.EmptyRoot) -> None:
+def empty_root(step: steps.EmptyRoot, _state: State) -> None:
     """Detach what QEMU has opened by now, and remove every name; what it holds open or mapped it keeps."""
     for path in step.detach:
         sys.umount2(path, sys.MNT_DETACH)
@@ -307,3 +286,31 @@ def empty_root(step: steps.EmptyRoot) -> None:
         except IsADirectoryError:
             os.rmdir(path)
     _set_root_writable(writable=False)
+
+
+# One act per step, and a test that none is missing.
+ACTS: dict[type[Record], Callable[..., None]] = {
+    steps.Reap: reap,
+    steps.OpenFile: open_file,
+    steps.ListenUnix: listen_unix,
+    steps.MakeFifo: make_fifo,
+    steps.MakeCgroup: make_cgroup,
+    steps.Unshare: unshare,
+    steps.MakeRoot: make_root,
+    steps.MakeDir: _make_dir,
+    steps.MakeLink: _make_link,
+    steps.MakeNode: make_node,
+    steps.BindTree: bind_tree,
+    steps.MakePrivate: make_private,
+    steps.CopyFile: copy_file,
+    steps.PivotRoot: pivot_root,
+    steps.SetHostname: _set_hostname,
+    steps.BecomeInit: become_init,
+    steps.SetLimit: set_limit,
+    steps.NewUser: new_user,
+    steps.DropCapabilities: drop_capabilities,
+    steps.SetIds: set_ids,
+    steps.NoNewPrivs: no_new_privs,
+    steps.Execute: execute,
+    steps.EmptyRoot: empty_root,
+}

@@ -7,10 +7,8 @@ deadline on the lock, and proof afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import signal
 import time
 
 from depriv.jail import sys
@@ -19,10 +17,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.steps import Reap
 
+_SIGKILL = 9
 _UID_MIN = 1000
 
 
-def reap(step: Reap) -> None:
+def reap(step: Reap, _state: object = None) -> None:
     """Leave no process of ``step.uid`` alive.
 
     Raises:
@@ -90,8 +89,10 @@ def _become_reaper_and_kill(step: Reap) -> None:
         or sys.effective_capabilities() != 0
     ):
         raise OSError(1, f"the reaper has the uids {mine}", "kill")
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is there whom we may kill
-        os.kill(-1, signal.SIGKILL)
+    try:
+        os.kill(-1, _SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return  # nobody is there whom we may kill
 
 
 def living(uid: int) -> list[int]:

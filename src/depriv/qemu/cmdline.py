@@ -88,8 +88,13 @@ def _disks(config: Domain, images: tuple[tuple[Image, ...], ...], *, discover: b
 
 
 def _boot_order(config: Domain) -> dict[str, int]:
-    """Return vdev -> bootindex, in the order of the letters of boot= and then of the disks."""
+    """Return vdev -> bootindex, in the order of the letters of boot= and then of the disks.
+
+    A kernel takes place 0 for itself (the linuxboot ROM, hw/i386/x86.c, QEMU 7.2), and QEMU refuses a place twice.
+    """
     order: dict[str, int] = {}
+    if config.kernel:
+        return order
     for letter in config.boot:
         for disk in config.disks:
             if disk.cdrom == (letter == "d") and letter in "cd":

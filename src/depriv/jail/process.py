@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jail process: reads one plan from a descriptor, checks it, does exactly it, answers on the same one, ends.
+
+The descriptor is a connected UNIX stream socket. Messages both ways are a length in decimal, a newline, and words
+separated by NUL (:mod:`depriv.codec`, docs/adr/0001). In comes a plan; out go
+
+    started PID, what was granted, when each step was done      QEMU executes, its guest stopped
+    emptied                                                     answer to b"E": the plan's `after` is done
+    done                                                        a plan that only reaps is done
+    failed STEP ERRNO CAUSE                                     and the jail ends, having undone all
+
+then b"D" releases it: the jail ends and QEMU stays. If the socket closes before that, QEMU is killed: a start that
+nobody completes leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+
+from depriv import codec, steps
+from depriv.check import check
+from depriv.jail import apply
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_PLAN_BYTES_MAX = 1 << 20
+_SIGKILL = 9
+
+
+class Failed(Exception):  # noqa: N818 (it is what the answer says)
+    """A step failed: what it is, the errno or 0, and the cause in words."""
+
+    def __init__(self, step: str, error: Exception) -> None:
+        """Take the step as ``describe`` prints it."""
+        super().__init__(step)
+        self.step = step
+        self.errno = (error.errno or 0) if isinstance(error, OSError) else 0
+        self.cause = str(error)
+
+    def words(self) -> list[str]:
+        """Return it as words."""
+        return [self.step, str(self.errno), self.cause.replace("\0", " ")]
+
+
+def main(control: int) -> int:
+    """Do the plan that comes in on ``control``. Return 0 only if it was done and released."""
+    os.set_inheritable(control, False)
+    os.environ.clear()
+    try:
+        text = read_plan(control)
+        if not text:
+            return 0  # the toolstack changed its mind before it sent anything
+        plan = codec.decode(text)
+        check(plan)
+    except (ValueError, OSError) as error:
+        answer(control, ["failed", "check the plan", "0", str(error)])
+        return 1
+    try:
+        if isinstance(plan.steps[-1], steps.Execute):
+            launch(plan, control)
+        else:
+            state = apply.State(-1, -1)
+            for step in plan.steps:
+                attempt(step, state)
+            answer(control, ["done"])
+    except Failed as failed:
+        answer(control, ["failed", *failed.words()])
+        return 1
+    return 0
+
+
+def read_plan(control: int) -> bytes:
+    """Return the body of the plan's message, or nothing if the socket was closed before the first byte."""
+    data = b""
+    while b"\n" not in data:
+        chunk = os.read(control, 65536)
+        if not chunk and data:
+            raise ValueError("the plan ends early")
+        if not chunk:
+            return b""
+        data += chunk
+        if b"\n" not in data[:10] and len(data) >= 10:
+            raise ValueError("a plan begins with its length")
+    head, _, data = data.partition(b"\n")
+    if not head.isdigit() or not 0 < int(head) <= _PLAN_BYTES_MAX:
+        raise ValueError("a plan begins with its length")
+    while len(data) < int(head):
+        chunk = os.read(control, int(head) - len(data))
+        if not chunk:
+            raise ValueError("the plan ends early")
+        data += chunk
+    if len(data) != int(head):
+        raise ValueError("the plan goes on after its end")
+    return data
+
+
+def answer(control: int, words: list[str]) -> None:
+    """Send one message; a toolstack that is gone is noticed by the next read."""
+    message = codec.pack(words)
+    try:
+        while message:
+            message = message[os.write(control, message) :]
+    except OSError:
+        return
+
+
+def attempt(step: steps.Step, state: apply.State) -> None:
+    """Do one step, or raise ``Failed`` that names it."""
+    try:
+        apply.ACTS[type(step)](step, state)
+    except Exception as error:
+        raise Failed(steps.describe(step), error) from error
+
+
+def launch(plan: steps.Plan, control: int) -> None:
+    """Do the steps up to the fork, fork, see the child to its exec, and wait to be released."""
+    heard, tell = os.pipe()
+    waits, go = os.pipe()
+    state = apply.State(tell, waits)
+    fork_at = next(number for number, step in enumerate(plan.steps) if isinstance(step, steps.BecomeInit))
+    cgroup = next(step.path for step in plan.steps if isinstance(step, steps.MakeCgroup))
+    child = -1
+    times: list[str] = []
+    try:
+        for step in plan.steps[:fork_at]:
+            attempt(step, state)
+            times += [type(step).__name__, str(time.monotonic_ns())]
+        try:
+            child = apply.fork(state)
+        except OSError as error:  # no room for another process, on the host or in the caller's cgroup
+            raise Failed(steps.describe(plan.steps[fork_at]), error) from error
+        if child == 0:
+            os.close(go)
+            become(plan.steps[fork_at:], state)
+        os.close(state.tell)
+        see_to_exec(child, plan, state, heard, go)
+        times += ["Execute", str(time.monotonic_ns())]
+        answer(control, ["started", str(child), *granted(state), "times", *times])
+        wait_for_release(plan, state, control)
+    except BaseException:
+        clean_up(child, os.path.basename(cgroup), state)
+        raise
+
+
+def become(rest: tuple[steps.Step, ...], state: apply.State) -> NoReturn:
+    """In the child: do the rest of the steps; the last one is exec. On failure tell the parent, and end."""
+    try:
+        for step in rest:
+            attempt(step, state)
+    except Failed as failed:
+        os.write(state.tell, "\0".join(failed.words()).encode("utf-8", "surrogateescape"))
+    finally:
+        os._exit(125)
+
+
+def see_to_exec(child: int, plan: steps.Plan, state: apply.State, heard: int, go: int) -> None:
+    """Serve the child's one request; its silence at the end means that exec closed the pipe."""
+    data = b""
+    while chunk := os.read(heard, 4096):
+        data += chunk
+        if data == apply.ASK_FOR_MAP:
+            data = b""
+            step = next(step for step in plan.steps if isinstance(step, steps.NewUser))
+            try:
+                apply.map_user(child, step, state)
+            except OSError as error:
+                raise Failed(steps.describe(step), error) from error
+            os.write(go, apply.MAPPED)
+    if data:
+        step_text, errno, cause = codec.unpack(data)
+        failed = Failed(step_text, OSError(int(errno), ""))
+        failed.cause = cause
+        raise failed
+    # A child that was killed closes the pipe, too.
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        code = os.waitstatus_to_exitcode(status)
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        raise Failed(steps.describe(plan.steps[-1]), ValueError(f"the process ended at once, with {how}"))
+
+
+def granted(state: apply.State) -> list[str]:
+    """Return role, kind, device, inode, device number, access of each: what the audit may expect to find open."""
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISBLK, "block"), (stat.S_ISCHR, "char"), (stat.S_ISFIFO, "fifo"))
+    handed = set(state.granted.values())
+    found: list[str] = []
+    for role, fd in state.opened.items():
+        if fd in handed:
+            have = os.fstat(fd)
+            kind = next((name for test, name in kinds if test(have.st_mode)), "socket")
+            access = "ro" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY else "rw"
+            found += [role, kind, str(have.st_dev), str(have.st_ino), str(have.st_rdev), access]
+    for name, have in state.nodes.items():
+        found += [name, "char", str(have.st_dev), str(have.st_ino), str(have.st_rdev), "rw"]
+    return found
+
+
+def wait_for_release(plan: steps.Plan, state: apply.State, control: int) -> None:
+    """Close our copies of what QEMU got, then do what the toolstack asks, until it releases QEMU."""
+    # Now, not at our end: an image lock belongs to the open file, and a copy here would keep it after QEMU's death.
+    for fd in set(state.opened.values()):
+        os.close(fd)
+    while True:
+        word = os.read(control, 1)
+        if word == b"E":
+            for step in plan.after:
+                attempt(step, state)
+            answer(control, ["emptied"])
+        elif word == b"D":
+            return
+        else:
+            raise Failed("wait for the toolstack", ValueError("it went away before the start was complete"))
+
+
+def clean_up(child: int, leaf: str, state: apply.State) -> None:
+    """Undo what outlives this process: the child and its cgroup. The namespaces and their mounts end with them."""
+    if child > 0:
+        try:
+            os.kill(child, _SIGKILL)  # process 1 of its pid namespace: the kernel kills the rest with it
+            os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+    if state.cgroup >= 0:  # else the cgroup is not ours
+        for _ in range(200):
+            try:
+                os.rmdir(leaf, dir_fd=state.cgroup_folder)
+                break
+            except FileNotFoundError:
+                break
+            except OSError:
+                time.sleep(0.005)  # EBUSY until the last task has left

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kill by uid, tried where nobody else can be hit: every test is process 1 of a pid namespace of its own.
+
+The code below each test runs there, as root, after PROLOGUE; it says what it found as JSON on its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support import build, host
+from tests.support.linux import cache_directory
+
+from depriv.check import check
+from depriv.steps import Plan, Reap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+pytestmark = pytest.mark.root
+
+PROLOGUE = r"""
+import errno, fcntl, json, os, signal, subprocess, sys, time
+# Before anything: nobody but our own children is in reach.
+assert os.getpid() == 1
+assert os.readlink("/proc/self/ns/pid") != sys.argv[1]
+assert sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) == [1]
+from depriv.jail.reap import living, reap
+from depriv.steps import Reap
+
+A, B, REAPER = 76001, 76002, 76003
+LOCK = sys.argv[2] + "/lock"
+STEP = Reap(uid=A, reaper_uid=REAPER, lock=LOCK, timeout_ms=5000)
+
+def start(uid, body, ruid=None):
+    '''Fork a process of uid that does body and then waits; return its pid once it is that uid.'''
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups(())
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid if ruid is None else ruid, uid, uid)
+            os.write(writes, b"x")
+            body()
+            while True:
+                signal.pause()
+        finally:
+            os._exit(9)
+    assert os.read(reads, 1) == b"x"
+    os.close(reads)
+    os.close(writes)
+    return pid
+
+def wait():
+    pass
+
+def ends(pid):
+    '''Collect a child that was killed; return the signal, or 0 if it still lives.'''
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.WTERMSIG(status) if ended else 0
+
+def refusal(step, function=reap):
+    begun = time.monotonic()
+    try:
+        function(step)
+    except OSError as error:
+        return [error.errno, time.monotonic() - begun]
+    return [0, time.monotonic() - begun]
+"""
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Any:
+    """Return a function that runs code as process 1 of a new pid namespace and returns what it says."""
+    host.need(os.geteuid() == 0, what="root")
+    host.need(shutil.which("unshare") is not None, what="unshare")
+
+    def run(code: str, *words: str) -> Any:
+        inner = [sys.executable, "-c", PROLOGUE + textwrap.dedent(code), os.readlink("/proc/self/ns/pid")]
+        argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *inner, str(tmp_path), *words]
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_all_processes_of_the_uid_die_and_nobody_elses(apart: Any) -> None:
+    said = apart("""
+        targets = [start(A, wait) for _ in range(20)]
+        others = [start(B, wait) for _ in range(3)]
+        before = living(A)
+        reap(STEP)
+        print(json.dumps([len(before), living(A), [ends(p) for p in targets], [ends(p) for p in others], living(B)]))
+    """)
+    before, left, targets, others, others_left = said
+    assert before == 20
+    assert left == []
+    assert targets == [9] * 20
+    assert others == [0] * 3
+    assert len(others_left) == 3
+
+
+def test_uid_of_nobody_is_reaped_at_once(apart: Any) -> None:
+    number, elapsed = apart("print(json.dumps(refusal(STEP)))")
+    assert number == 0
+    assert elapsed < 2
+
+
+def test_processes_that_kill_back_do_not_survive(apart: Any) -> None:
+    """Each kills whatever it may, as fast as it can, in a namespace where it may reach us and its own kind only."""
+    said = apart("""
+        def strike():
+            assert os.getuid() == A and os.readlink("/proc/self/ns/pid") != sys.argv[1]
+            os.close(opens)
+            os.read(gate, 1)  # until all are there
+            while True:
+                try:
+                    os.kill(-1, signal.SIGKILL)
+                except OSError:
+                    pass
+        gate, opens = os.pipe()
+        targets = [start(A, strike) for _ in range(4)]
+        bystander = start(B, wait)
+        os.close(opens)
+        time.sleep(0.1)
+        reap(STEP)
+        print(json.dumps([living(A), [ends(p) for p in targets], ends(bystander)]))
+    """)
+    assert said == [[], [9] * 4, 0]
+
+
+def test_processes_that_multiply_and_hide_their_uid_do_not_survive(apart: Any) -> None:
+    said = apart("""
+        import resource
+        def breed():
+            resource.setrlimit(resource.RLIMIT_NPROC, (40, 40))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                try:
+                    os.fork()
+                    os.setsid()
+                except OSError:
+                    pass
+        start(A, breed)
+        stopped = start(A, wait)
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(0.3)
+        many = len(living(A))
+        reap(STEP)
+        time.sleep(0.2)
+        print(json.dumps([many, living(A)]))
+    """)
+    assert said[0] > 3
+    assert said[1] == []
+
+
+def test_process_with_the_uid_as_any_of_its_uids_is_seen(apart: Any) -> None:
+    said = apart("""
+        both = start(A, wait, ruid=B)  # real uid another's; effective and saved the target's
+        seen = living(A) == [both]
+        reap(STEP)
+        print(json.dumps([seen, living(A), ends(both)]))
+    """)
+    assert said == [True, [], 9]
+
+
+def test_zombie_whose_threads_live_counts_as_alive_and_is_killed(apart: Any) -> None:
+    program = build.attacker(cache_directory())
+    said = apart(
+        """
+        fd = os.open(sys.argv[3], os.O_RDONLY)
+        headless = start(A, lambda: os.execv(f"/proc/self/fd/{fd}", ["x", "--threads"]))
+        dead = start(A, lambda: os._exit(0))
+        def state(pid):
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().rpartition(") ")[2][0]
+        deadline = time.monotonic() + 10
+        while (state(headless), state(dead)) != ("Z", "Z") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        states = [state(headless), state(dead)]
+        before = living(A) == [headless]
+        reap(STEP)
+        print(json.dumps([states, before, living(A)]))
+        """,
+        str(program),
+    )
+    assert said == [["Z", "Z"], True, []]
+
+
+@pytest.mark.parametrize(
+    "change", ["uid=0", "reaper_uid=0", "reaper_uid=A", "uid=999", "reaper_uid=999", "uid=2**32 - 1"]
+)
+def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) -> None:
+    """Whatever check() let through: it looks at its own uids right before it kills."""
+    said = apart(f"""
+        near = [start(uid, wait) for uid in (A, B, 999, REAPER)]
+        number, _ = refusal(STEP.replace({change}, timeout_ms=300))
+        print(json.dumps([number, [ends(p) for p in near]]))
+    """)
+    assert said[0] in (1, 22)
+    assert said[1] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("uid", "reaper_uid"),
+    [(0, 76003), (76001, 0), (999, 76003), (76001, 999), (76001, 76001), (2**32 - 1, 76003), (65534, 76003)],
+)
+def test_dangerous_uid_is_refused_before_the_jail_begins(uid: int, reaper_uid: int) -> None:
+    step = Reap(uid=uid, reaper_uid=reaper_uid, lock="/run/lock/reaper")
+    with pytest.raises(ValueError, match=r"no device model's|could be killed first"):
+        check(Plan(domain="x", domid=1, restricted=True, shared=False, steps=(step,)))
+
+
+def test_reaper_waits_for_another_and_gives_up_in_time(apart: Any) -> None:
+    said = apart("""
+        target = start(A, wait)
+        fd = os.open(LOCK, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        number, elapsed = refusal(STEP.replace(timeout_ms=300))
+        alive = ends(target)
+        os.close(fd)
+        reap(STEP)
+        print(json.dumps([errno.errorcode[number], elapsed, alive, ends(target)]))
+    """)
+    assert said[0] == "ETIMEDOUT"
+    assert 0.3 <= said[1] < 3
+    assert said[2:] == [0, 9]
+
+
+def test_lock_that_is_a_link_is_refused(apart: Any) -> None:
+    number, _ = apart("""
+        os.symlink("/etc/passwd", LOCK)
+        print(json.dumps(refusal(STEP)))
+    """)
+    assert number == 40  # ELOOP
+
+
+def test_process_that_cannot_die_in_time_is_named(apart: Any) -> None:
+    """One that comes back as fast as it is killed: somebody with more privilege keeps making it."""
+    said = apart("""
+        maker = os.fork()
+        if maker == 0:
+            while True:
+                start(A, wait)
+                time.sleep(0.001)
+        time.sleep(0.2)
+        number, elapsed = refusal(STEP.replace(timeout_ms=400))
+        os.kill(maker, signal.SIGKILL)
+        os.waitpid(maker, 0)
+        print(json.dumps([errno.errorcode.get(number, number), elapsed]))
+    """)
+    # It may be caught in between two of them: then it is right to say that none was there.
+    assert said[0] in ("EBUSY", 0)
+    assert said[1] < 5

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Destroy ends a domain whatever its QEMU does, and a start that nobody completes ends by itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support.guests import await_end, config_text, stop
+from tests.support.host import living, settled, snapshot
+
+from depriv.config import Disk, Domain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.guests import CommandLine
+
+    from depriv.api import Guest, Toolstack
+
+pytestmark = [pytest.mark.qemu, pytest.mark.root]
+
+
+@pytest.fixture
+def guest(host: Toolstack, disk: Path) -> Guest:
+    return host.create(Domain(name="ends", machine="q35", disks=(Disk(vdev="xvda", target=str(disk)),)))
+
+
+def gone(host: Toolstack, guest: Guest, *, within_s: float = 3.0) -> None:
+    """Destroy it in time, and see that nothing is left."""
+    pid = guest.row().pid
+    entry = host.registry.find(guest.name)
+    began = time.monotonic()
+    guest.destroy()
+    assert time.monotonic() - began < within_s
+    assert host.guests() == ()
+    assert await_end(pid, within_s=0.1)
+    assert living(range(entry.uid, entry.uid + 1)) == ()
+    assert not os.path.exists(entry.cgroup)
+    assert not os.path.exists(host.registry.directory(entry.domid))
+
+
+def test_running_guest_is_ended(host: Toolstack, guest: Guest) -> None:
+    gone(host, guest)
+
+
+def test_stopped_qemu_is_hung_and_ended(host: Toolstack, guest: Guest) -> None:
+    stop(guest.row().pid)
+    assert guest.row().state == "hung"
+    gone(host, guest)
+
+
+def test_killed_qemu_is_dead_and_its_domain_can_be_cleaned_up(host: Toolstack, guest: Guest) -> None:
+    pid = guest.row().pid
+    os.kill(pid, signal.SIGKILL)
+    assert await_end(pid)
+    assert guest.row().state == "dead"
+    report = guest.audit()
+    assert not report.holds
+    gone(host, guest)
+
+
+def test_qemu_whose_monitor_somebody_keeps_is_hung_and_ended(host: Toolstack, guest: Guest) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        os.chdir(host.registry.directory(guest.domid))  # the path may be longer than an address
+        try:
+            other.connect("qmp")
+        finally:
+            os.chdir("/")
+        assert other.recv(16)
+        began = time.monotonic()
+        assert guest.row().state == "hung"
+        assert time.monotonic() - began < 5
+        gone(host, guest)
+
+
+def test_list_of_many_hung_guests_is_bounded(host: Toolstack) -> None:
+    for number in range(3):
+        stop(host.create(Domain(name=f"h{number}")).row().pid)
+    began = time.monotonic()
+    assert [guest.row().state for guest in host.guests()] == ["hung"] * 3
+    assert time.monotonic() - began < 3 * 2.0
+
+
+def test_destroyed_domain_is_not_destroyed_twice(host: Toolstack, guest: Guest) -> None:
+    gone(host, guest)
+    with pytest.raises(Exception, match="is gone|no domain"):
+        guest.destroy()
+
+
+def test_other_domains_live_on(host: Toolstack, guest: Guest) -> None:
+    other = host.create(Domain(name="other"))
+    guest.destroy()
+    assert other.row().state == "running"
+    assert other.audit().holds
+
+
+def test_process_that_was_given_the_dead_ones_number_is_not_killed(host: Toolstack, guest: Guest) -> None:
+    entry = host.registry.find("ends")
+    assert entry.expected is not None
+    ours = os.getpid()
+    os.kill(entry.expected.pid, signal.SIGKILL)
+    assert await_end(entry.expected.pid)
+    # As if the number had come round: same number, another start.
+    host.registry.save(entry.replace(expected=entry.expected.replace(pid=ours)))
+    host.guest("ends").destroy()
+    assert host.guests() == ()
+
+
+def test_create_killed_at_any_moment_leaves_no_qemu_and_destroy_cleans_what_is_listed(
+    depriv: CommandLine, disk: Path, tmp_path: Path, uids: range
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    path = tmp_path / "k.cfg"
+    path.write_text(config_text("k", f"vdev=xvda,format=raw,access=rw,target={disk}"))
+    depriv.run("create", str(path))  # the copy of QEMU is there from now on
+    depriv.run("destroy", "k")
+    where = {"folder": f"{depriv.state_dir}/domains", "uids": uids}
+    before = snapshot(**where)  # type: ignore[arg-type] # the arguments by their names
+    seen: list[str] = []
+    for _ in range(24):
+        command = depriv.start("create", str(path))
+        time.sleep(chance.uniform(0.0, 0.35))
+        command.kill()
+        command.communicate(timeout=10)
+        rows = depriv.rows()
+        assert len(rows) <= 1
+        state = rows[0]["state"] if rows else "none"
+        seen.append(state)
+        if state not in ("running", "paused"):
+            # It ended by itself: the jail does not outlive the toolstack.
+            deadline = time.monotonic() + 5
+            while living(uids):
+                assert time.monotonic() < deadline, seen
+                time.sleep(0.01)
+        if rows:
+            depriv.run("destroy", "k")
+        after = settled(before, **where)
+        assert after == before, seen
+    print(seen)
+    assert len(set(seen)) > 1, f"all kills came at the same stage: {seen}"
