@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 
 from depriv import lifecycle
-from depriv.console import Console
 from depriv.errors import ConfigError, DeprivError, HostError
 from depriv.host import CACHE_DIR, STATE_DIR
 from depriv.planner import plan
@@ -92,6 +91,8 @@ class Guest:
         Raises:
             MonitorError: QEMU does not answer, and nothing had been read from it before.
         """
+        from depriv.console import Console  # noqa: PLC0415 (not on the path of create)
+
         with self._registry.locked_domain(self._entry.domid):
             return Console(self._registry.directory(self._entry.domid)).read()
 
@@ -101,7 +102,9 @@ class Guest:
         Raises:
             DeprivError: something of it does not die; the domain stays listed.
         """
-        lifecycle.destroy(self._entry, self._registry)
+        from depriv.ending import destroy  # noqa: PLC0415 (not on the path of create)
+
+        destroy(self._entry, self._registry)
 
 
 class Toolstack:

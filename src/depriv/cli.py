@@ -6,12 +6,16 @@ Exit statuses: 0 done, 1 the answer is no (`audit`, `doctor`), 2 usage or config
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
+import time
 
-from depriv.errors import ConfigError, DeprivError, render
+_BEGAN = time.monotonic()  # first of all: what is counted is the rest of the imports, too
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+
+from depriv.errors import ConfigError, DeprivError, render  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(words)
     try:
+        arguments = parser(words[0] if words else "").parse_args(words)
         act: Callable[[argparse.Namespace], int] = arguments.act
         return act(arguments)
     except DeprivError as error:
@@ -38,51 +42,90 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser; the man page lists the same verbs and options (a test compares them)."""
+def run() -> None:
+    """Be the program: run, flush, and leave without taking the interpreter apart, which takes longer than an audit."""
+    status = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+    os._exit(status)
+
+
+def parser(verb: str = "") -> argparse.ArgumentParser:
+    """Return the parser; of one verb alone if that is what was typed, for every option takes argparse a while.
+
+    The man page lists the same verbs and options (a test compares them).
+    """
     top = argparse.ArgumentParser(
-        prog="depriv", allow_abbrev=False, description="Run QEMU with nothing to gain from taking it over."
+        prog="depriv",
+        allow_abbrev=False,
+        description="Run QEMU with nothing to gain from taking it over.",
+        formatter_class=_Formatter,
     )
     top.add_argument("--version", action="version", version="depriv 0.1.0")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (text, act, add_options) in VERBS.items():
+        if verb not in VERBS or verb == name:
+            description = text[0].upper() + text[1:] + "."
+            made = verbs.add_parser(
+                name, help=text, description=description, allow_abbrev=False, formatter_class=_Formatter
+            )
+            made.set_defaults(act=act)
+            add_options(made)
+    return top
 
-    def verb(name: str, text: str, act: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        made.set_defaults(act=act)
-        return made
 
-    as_json = {"action": "store_true", "help": "print JSON"}
-    for name, text, act in (
-        ("check", "read a configuration, say what is wrong with it", check),
-        ("plan", "show what create would do, and touch nothing", show_plan),
-        ("create", "start a domain, confined and audited", create),
-    ):
-        made = verb(name, text, act)
-        made.add_argument("file", metavar="FILE", help="configuration, see depriv.cfg(5)")
-        made.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="as if at the end of the file")
-        if name == "plan":
-            made.add_argument("--json", **as_json)  # type: ignore[arg-type]
-        if name == "create":
-            made.add_argument("-p", "--paused", action="store_true", help="stop before the first instruction")
-    made = verb("list", "list the domains of this host", show_list)
-    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all")
-    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
-    made = verb("console", "print what a guest has written to its serial port", console)
+class _Formatter(argparse.HelpFormatter):
+    """Help of a fixed width: to ask for the terminal's, argparse imports a good deal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+
+def _file_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("file", metavar="FILE", help="configuration, see depriv.cfg(5)")
+    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="as if at the end of the file")
+
+
+def _json_option(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _name_option(made: argparse.ArgumentParser) -> None:
     made.add_argument("name", metavar="NAME", help="name or domid")
+
+
+def _plan_options(made: argparse.ArgumentParser) -> None:
+    _file_options(made)
+    _json_option(made)
+
+
+def _create_options(made: argparse.ArgumentParser) -> None:
+    _file_options(made)
+    made.add_argument("-p", "--paused", action="store_true", help="stop before the first instruction")
+
+
+def _list_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all")
+    _json_option(made)
+
+
+def _console_options(made: argparse.ArgumentParser) -> None:
+    _name_option(made)
     made.add_argument("--dump", action="store_true", required=True, help="print what there is and end")
-    made = verb("audit", "ask the kernel whether every restriction holds", audit)
+
+
+def _audit_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("name", metavar="NAME", nargs="?", help="name or domid")
     made.add_argument("--pid", type=int, metavar="N", help="any process of this host instead")
-    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
-    made = verb("destroy", "end a domain at once, and see that nothing is left", destroy)
-    made.add_argument("name", metavar="NAME", help="name or domid")
-    made = verb("doctor", "say what this host lacks, and what fixes it", doctor)
-    made.add_argument("--json", **as_json)  # type: ignore[arg-type]
-    made = verb("setup", "make the users that device models run as", setup)
+    _json_option(made)
+
+
+def _setup_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dry-run", action="store_true", help="only print the commands")
     made.add_argument("--remove", action="store_true", help="remove the users that it made")
-    verb("demo", "run a demonstration guest, show its audit, end it", demo)
-    return top
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -139,10 +182,13 @@ def create(arguments: argparse.Namespace) -> int:
     """Start a domain. The jail's interpreter starts while this one still reads the configuration."""
     from depriv.spawn import Jail
 
+    times = [("arguments", time.monotonic())]
     with Jail() as jail:
         from depriv.api import Toolstack
 
+        times.append(("imports", time.monotonic()))
         config = _load(arguments)
+        times.append(("configuration", time.monotonic()))
         started = Toolstack().start(config, paused=arguments.paused, warn=_warn, jail=jail)
     entry = started.entry
     held = sum(item.holds for item in started.report.checks)
@@ -153,7 +199,10 @@ def create(arguments: argparse.Namespace) -> int:
     if os.environ.get("DEPRIV_TIMES"):
         from depriv.report import times_text
 
-        print(times_text(started.times), file=sys.stderr)
+        # The value is when the caller executed us, on the same clock; 1 is long ago and says so.
+        begun = [("exec", float(os.environ["DEPRIV_TIMES"])), ("interpreter", _BEGAN), *times]
+        ended = ("jail gone", time.monotonic())
+        print(times_text([*begun, *started.times[1:], ended]), file=sys.stderr)
     return 0
 
 
@@ -248,5 +297,23 @@ def _quoted(word: str) -> str:
     return word if plain and word else "'" + word.replace("'", "'\\''") + "'"
 
 
+def _no_options(_made: argparse.ArgumentParser) -> None:
+    """Take none."""
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]]] = {
+    "check": ("read a configuration, say what is wrong with it", check, _file_options),
+    "plan": ("show what create would do, and touch nothing", show_plan, _plan_options),
+    "create": ("start a domain, confined and audited", create, _create_options),
+    "list": ("list the domains of this host", show_list, _list_options),
+    "console": ("print what a guest has written to its serial port", console, _console_options),
+    "audit": ("ask the kernel whether every restriction holds", audit, _audit_options),
+    "destroy": ("end a domain at once, and see that nothing is left", destroy, _name_option),
+    "doctor": ("say what this host lacks, and what fixes it", doctor, _json_option),
+    "setup": ("make the users that device models run as", setup, _setup_options),
+    "demo": ("run a demonstration guest, show its audit, end it", demo, _no_options),
+}
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from depriv.records import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 class Layer(Record):
     """One file below a disk in its backing chain, as the configuration names it."""
@@ -89,3 +93,11 @@ class Domain(Record):
     on_crash: str = "destroy"
     notes: tuple[Note, ...] = ()
     source: str = ""  # the file's name, for messages; "" for a Python program
+    places: tuple[tuple[str, int, int, str], ...] = ()  # key or vdev, line, column, the line: for messages
+
+    def place(self, key: str) -> dict[str, Any]:
+        """Return where a key (or the disk with a vdev) stands in the file, as ``ConfigError`` takes it."""
+        for name, line, column, text in self.places:
+            if name == key:
+                return {"source": self.source, "line": line, "column": column, "text": text}
+        return {"source": self.source}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start and end domains. Between the two, nothing of depriv runs: no daemon, no process per guest.
+"""Start domains, and see how they are. While they run, nothing of depriv does: no daemon, no process per guest.
 
 A start goes: reserve the ids; jail (a separate process) up to QEMU's exec; QMP says "prelaunch"; empty QEMU's root;
 audit; only then release the jail and let the guest run. Until the release, whatever goes wrong ends in nothing:
@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 
 from depriv import proc, runtime
-from depriv.audit import audit
 from depriv.detect import look
 from depriv.errors import DeprivError, HostError, JailError, MonitorError, PlanError
 from depriv.planner import plan, plan_discovery
-from depriv.qmp import Monitor
 from depriv.registry import Entry
 from depriv.report import Expected, Grant, Limit
 from depriv.spawn import Jail
-from depriv.steps import OpenFile, Plan, Reap, SetLimit
+from depriv.steps import OpenFile, SetLimit
 from depriv.text import console_safe
 from depriv.untrusted import as_str, field
 
@@ -34,13 +31,13 @@ if TYPE_CHECKING:
 
     from depriv.config import Domain
     from depriv.planner import Launch
+    from depriv.qmp import Monitor
     from depriv.registry import Registry
     from depriv.report import AuditReport
     from depriv.spawn import Launched
 
 START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
 QMP_TIMEOUT_S = 10.0
-END_TIMEOUT_S = 10.0
 _LOG_SHOWN = 4000
 
 
@@ -143,6 +140,8 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
         Log(f"{launch.directory}/log") as log,
         _await_prelaunch(launch, launched, log) as monitor,
     ):
+        from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
+
         times.append(("prelaunch", time.monotonic()))
         _refuse_lockless(log)
         if launch.plan.after:
@@ -177,6 +176,8 @@ def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
 
 def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
     """Have QEMU say over QMP that it waits before the guest's first instruction; return the connection."""
+    from depriv.qmp import Monitor  # noqa: PLC0415 (imported while QEMU starts, which takes longer)
+
     try:
         monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S)
         try:
@@ -202,8 +203,7 @@ def _refuse_lockless(log: Log) -> None:
 
 
 def _how_it_ended(launched: Launched) -> str:
-    try:
-        signal.pidfd_send_signal(launched.pidfd, 0)  # type: ignore[attr-defined, unused-ignore] # Linux only
+    try:  # the jail is its parent and still has not waited: the number is nobody else's
         state = proc.alive(launched.pid, proc.start_time(launched.pid))
     except ProcessLookupError:
         state = "dead"
@@ -345,6 +345,8 @@ def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str
         return "starting" if begun == "running" else "dead"
     if proc.alive(entry.expected.pid, entry.expected.starttime) != "running":
         return "dead"
+    from depriv.qmp import Monitor  # noqa: PLC0415 (as in _await_prelaunch)
+
     try:
         with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=timeout_s) as monitor:
             said = _status(monitor, timeout_s)
@@ -371,119 +373,15 @@ def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
     """Return whether a domain's restrictions hold now."""
     if entry.expected is None:
         raise HostError(f"domain {entry.name} has not started", fix="wait for depriv create, or depriv destroy it")
+    from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
+
     return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
-
-
-def destroy(entry: Entry, registry: Registry) -> None:
-    """End a domain, whatever it does, and forget it once nothing of it lives.
-
-    Three ways, each enough for a QEMU that plays by the rules: process 1 of its pid namespace, its cgroup, its uid.
-    Then proof. If something does not die, the domain and its ids are kept.
-
-    Raises:
-        DeprivError: something of it still lives.
-    """
-    with registry.locked_domain(entry.domid):
-        registry.save(entry.replace(state="ending"))
-        end_processes(entry, registry)
-    with registry.locked():
-        registry.remove(entry.domid)
-
-
-def end_processes(entry: Entry, registry: Registry) -> None:
-    """Kill everything of a domain and see that it is gone, its cgroup included."""
-    pidfd = -1
-    if entry.expected is not None:
-        pidfd = _open_pidfd(entry.expected)
-    if pidfd >= 0:
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(pidfd)
-    kill_cgroup(entry.cgroup)
-    if entry.shared:
-        _await_end_of_one(entry)
-    else:
-        reap = Reap(
-            uid=entry.uid,
-            reaper_uid=entry.reaper_uid,
-            lock=f"{registry.folder}/reaper.lock",
-            timeout_ms=int(END_TIMEOUT_S * 1000),
-        )
-        steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
-        with Jail() as jail:
-            jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
-    remove_cgroup(entry.cgroup)
-
-
-def _open_pidfd(expected: Expected) -> int:
-    """Return a pidfd of the very process that was started, or -1: its number may be another's by now."""
-    try:
-        pidfd = os.pidfd_open(expected.pid)
-    except ProcessLookupError:
-        return -1
-    if proc.alive(expected.pid, expected.starttime) == "dead":
-        os.close(pidfd)
-        return -1
-    return pidfd
-
-
-def _await_end_of_one(entry: Entry) -> None:
-    """See one process to its end where its uid is shared and nobody may be killed by it."""
-    deadline = time.monotonic() + END_TIMEOUT_S
-    expected = entry.expected
-    while expected is not None and proc.alive(expected.pid, expected.starttime) != "dead":
-        if time.monotonic() > deadline:
-            raise HostError(f"process {expected.pid} of domain {entry.name} does not die")
-        time.sleep(0.002)
-
-
-def kill_cgroup(path: str) -> None:
-    """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
-    try:
-        with open(f"{path}/cgroup.kill", "w", encoding="ascii") as file:
-            file.write("1")
-        return
-    except FileNotFoundError:
-        pass
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            with open(f"{path}/cgroup.procs", encoding="ascii") as file:
-                pids = [int(line) for line in file]
-        except FileNotFoundError:
-            return
-        if not pids:
-            return
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.002)
-
-
-def remove_cgroup(path: str) -> None:
-    """Remove a domain's cgroup, and the folder of all domains if it was the last."""
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while True:
-        try:
-            os.rmdir(path)
-            break
-        except FileNotFoundError:
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise HostError(f"cannot remove cgroup {path}: it has processes") from error
-            time.sleep(0.002)
-    with contextlib.suppress(OSError):  # another domain may be in it
-        os.rmdir(os.path.dirname(path))
 
 
 def _forget(entry: Entry, registry: Registry) -> None:
     """Undo a reservation whose start failed. The jail has ended and took with it what it made."""
+    from depriv.ending import end_processes  # noqa: PLC0415 (a start that goes well does not pay for it)
+
     try:
         end_processes(entry, registry)
     except DeprivError as error:

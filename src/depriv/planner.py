@@ -167,11 +167,11 @@ def _check_domain(config: Domain, host: Host) -> None:
             f"memory={config.memory_mib} (MiB) is more than this host has",
             cause=f"the host has {host.memory_mib} MiB",
             fix="lower memory=",
-            source=config.source,
+            **config.place("memory"),
         )
     if config.machine not in ("pc", "q35", "microvm"):
         raise ConfigError(
-            f"unknown machine {config.machine!r}", fix='machine="pc", "q35" or "microvm"', source=config.source
+            f"unknown machine {config.machine!r}", fix='machine="pc", "q35" or "microvm"', **config.place("machine")
         )
     if not host.cgroup_dir:
         raise PlanError(
@@ -183,7 +183,7 @@ def _check_domain(config: Domain, host: Host) -> None:
             raise ConfigError(
                 f"a domain named {config.name!r} exists (domid {other.domid})",
                 fix=f"choose another name=, or end it: depriv destroy {config.name}",
-                source=config.source,
+                **config.place("name"),
             )
 
 

@@ -14,7 +14,7 @@ from depriv.steps import OpenFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from typing import Any, TypeAlias
 
     from depriv.config import Disk, Domain
     from depriv.host import FileFacts, Host
@@ -92,9 +92,9 @@ def private_file(config: Domain, host: Host, name: str, path: str) -> FileFacts:
     """Return the facts of a kernel, ramdisk or firmware file, or raise ``ConfigError``."""
     facts = host.file(path)
     if facts.kind != "file":
-        raise _unfit(config, f"{name} {path}", facts, want="a regular file")
+        raise _unfit(f"{name} {path}", facts, want="a regular file", place=config.place(name))
     if facts.size == 0:
-        raise ConfigError(f"{name} {path} is empty", fix=f"name the real file in {name}=", source=config.source)
+        raise ConfigError(f"{name} {path} is empty", fix=f"name the real file in {name}=", **config.place(name))
     return facts
 
 
@@ -107,23 +107,25 @@ def _check_vdev(config: Domain, disk: Disk) -> None:
         raise ConfigError(
             f"vdev {disk.vdev}: a {config.machine} machine has {ports} IDE ports",
             fix="use xvda, xvdb, ... (virtio-blk) or sda, sdb, ... (SCSI)",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if disk.vdev.startswith("hd") and plain and disk.readonly and not disk.cdrom:
         raise ConfigError(
             f"vdev {disk.vdev} is read-only, and IDE disks cannot be",
             cause="QEMU's IDE disk has no read-only mode, and pretending was a security hole once (XSA-142)",
             fix="use an xvd or sd vdev, or devtype=cdrom",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if disk.vdev.startswith("xvd") and disk.cdrom:
         raise ConfigError(
             f"vdev {disk.vdev} is a CD-ROM, and virtio-blk has none",
             fix="use an hd vdev (IDE), or sd (SCSI)",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if not (plain or (disk.vdev.startswith("xvd") and len(disk.vdev) > len("xvd"))):
-        raise ConfigError(f"unknown vdev {disk.vdev!r}", fix="use xvda, hda or sda, and so on", source=config.source)
+        raise ConfigError(
+            f"unknown vdev {disk.vdev!r}", fix="use xvda, hda or sda, and so on", **config.place(disk.vdev)
+        )
 
 
 def _chain(config: Domain, host: Host, disk: Disk, warnings: list[str]) -> Chain:
@@ -133,7 +135,7 @@ def _chain(config: Domain, host: Host, disk: Disk, warnings: list[str]) -> Chain
     for depth, (path, form, may_write) in enumerate(layers):
         facts = host.file(path)
         role = disk.vdev if depth == 0 else f"{disk.vdev}-{depth}"
-        _check_kind(config, role, facts)
+        _check_kind(config, disk, role, facts)
         _check_format(config, disk, facts, form, last=depth == len(layers) - 1)
         if form == "raw" and facts.magic and not disk.cdrom:
             warnings.append(f"{path} looks like {facts.magic} and is used as raw, as the configuration says")
@@ -141,7 +143,7 @@ def _chain(config: Domain, host: Host, disk: Disk, warnings: list[str]) -> Chain
     return tuple(files)
 
 
-def _unfit(config: Domain, what: str, facts: FileFacts, *, want: str) -> ConfigError:
+def _unfit(what: str, facts: FileFacts, *, want: str, place: dict[str, Any]) -> ConfigError:
     """Return the error for a file of the wrong kind, with what to do for each."""
     causes = {
         "missing": ("it does not exist", "make it, or correct the path"),
@@ -157,17 +159,19 @@ def _unfit(config: Domain, what: str, facts: FileFacts, *, want: str) -> ConfigE
         "block": ("it is a block device", "name a regular file"),
     }
     cause, fix = causes.get(facts.kind, (f"it is of kind {facts.kind}", f"name {want}"))
-    return ConfigError(f"cannot use {what}", cause=cause, fix=fix, source=config.source)
+    return ConfigError(f"cannot use {what}", cause=cause, fix=fix, **place)
 
 
-def _check_kind(config: Domain, role: str, facts: FileFacts) -> None:
+def _check_kind(config: Domain, disk: Disk, role: str, facts: FileFacts) -> None:
     if facts.kind not in ("file", "block"):
-        raise _unfit(config, f"{facts.path} for {role}", facts, want="a regular file or a block device")
+        raise _unfit(
+            f"{facts.path} for {role}", facts, want="a regular file or a block device", place=config.place(disk.vdev)
+        )
     if facts.size == 0:
         raise ConfigError(
             f"cannot use {facts.path} for {role}: it is empty (0 bytes)",
             fix=f"give it a size: truncate -s 10G {facts.path}, or qemu-img create -f qcow2 {facts.path} 10G",
-            source=config.source,
+            **config.place(disk.vdev),
         )
 
 
@@ -178,7 +182,7 @@ def _check_format(config: Domain, disk: Disk, facts: FileFacts, form: str, *, la
             raise ConfigError(
                 f"{facts.path} is raw and cannot have anything below it",
                 fix=f"end the chain of {disk.vdev} in disk_backing with it",
-                source=config.source,
+                **config.place(disk.vdev),
             )
         return
     if facts.magic != "qcow2":
@@ -186,20 +190,20 @@ def _check_format(config: Domain, disk: Disk, facts: FileFacts, form: str, *, la
             f"{facts.path} is no qcow2 image, as the configuration says",
             cause=f"its first bytes say {facts.magic or 'nothing we know; probably raw'}",
             fix="correct format=; see qemu-img info",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if facts.data_file:
         raise ConfigError(
             f"{facts.path} keeps its data in another file that its header names",
             cause="headers are not followed: a device model that was taken over can write them",
             fix=f"qemu-img convert -O qcow2 {facts.path} {facts.path}.new, and use that",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if facts.encrypted:
         raise ConfigError(
             f"{facts.path} is encrypted, and this version hands no keys to QEMU",
             fix=f"qemu-img convert it, or put the encryption below: cryptsetup on the device that holds {facts.path}",
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if facts.backing and last:
         raise ConfigError(
@@ -208,13 +212,13 @@ def _check_format(config: Domain, disk: Disk, facts: FileFacts, form: str, *, la
             "can write them",
             fix="if that is the right file, add to the configuration (format= as it really is):\n"
             + _backing_line(disk, facts),
-            source=config.source,
+            **config.place(disk.vdev),
         )
     if not facts.backing and not last:
         raise ConfigError(
             f"{facts.path} stands alone, but the configuration puts it on another image",
             fix=f"remove the line of {disk.vdev} from disk_backing",
-            source=config.source,
+            **config.place(disk.vdev),
         )
 
 
@@ -248,7 +252,7 @@ def _check_shared(config: Domain, host: Host, found: tuple[Chain, ...]) -> None:
                     cause=f"{who} {'writes' if writes else 'reads'} it, and this one would "
                     f"{'write' if writable else 'read'} it",
                     fix="give each its own image, or make it read-only (access=ro) in both",
-                    source=config.source,
+                    **config.place(file.role.partition("-")[0]),
                 )
             before = seen.get(key)
             seen[key] = (f"disk {file.role} of this domain", writable or bool(before and before[1]))

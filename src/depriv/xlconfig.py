@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from depriv.config import Vif
+    from depriv.config import Disk, Vif
 
 MAX_NAME = 63
 _NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-"
@@ -93,7 +93,15 @@ def load_domain(text: str | bytes, *, source: str, arguments: tuple[str, ...] = 
         **_device_model(reader, kind),
         # Last, when everything has been noted.
         notes=tuple(reader.notes),
+        places=_places(reader, disks),
     )
+
+
+def _places(reader: _Reader, disks: tuple[Disk, ...]) -> tuple[tuple[str, int, int, str], ...]:
+    """Return where each key and each disk stands, for errors that only the host can show."""
+    values = {key: setting.value for key, setting in reader.settings.items()}
+    values |= {disk.vdev: value for disk, value in zip(disks, reader.items("disk"), strict=True)}
+    return tuple((key, value.place.line, value.place.column, value.place.text) for key, value in values.items())
 
 
 class _Reader:

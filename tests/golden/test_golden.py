@@ -75,7 +75,7 @@ def test_plan_is_as_reviewed(case: str, host: str, request: pytest.FixtureReques
         launch = plan(config, read_host(host))
         have, kind = render_launch(launch), "plan"
         check(launch.plan)
-        assert decode(encode(launch.plan)) == launch.plan
+        assert decode(encode(launch.plan).partition(b"\n")[2]) == launch.plan
     except DeprivError as error:
         have, kind = render(error) + "\n", "err"
     golden = HERE / "cases" / f"{case}.{host}.{kind}"

@@ -258,6 +258,23 @@ def test_jail_takes_nothing_from_the_environment_or_the_folder_it_is_started_in(
     ground.forget(launch)
 
 
+def test_what_the_toolstack_left_open_and_its_groups_are_not_handed_on(ground: Ground) -> None:
+    launch = ground.launch("--serve")
+    groups = os.getgroups()
+    leaks = os.open("/etc/passwd", os.O_RDONLY)
+    os.set_inheritable(leaks, True)
+    try:
+        os.setgroups((4, 24, 27))
+        with running(launch) as started:
+            assert os.path.exists(f"/proc/{started.jail._pid}/fd/{leaks}")  # so far it comes
+            assert sorted(map(int, os.listdir(f"/proc/{started.pid}/fd"))) == [0, 1, 2, 3, DISK_FD]
+            assert proc.read_status(started.pid)["Groups"].split() == []
+    finally:
+        os.setgroups(groups)
+        os.close(leaks)
+    ground.forget(launch)
+
+
 def test_failed_start_can_be_tried_again_at_once(ground: Ground) -> None:
     for _ in range(3):
         launch = ground.launch("--serve")

@@ -221,11 +221,13 @@ def test_dangerous_uid_is_refused_before_the_jail_begins(uid: int, reaper_uid: i
         check(Plan(domain="x", domid=1, restricted=True, shared=False, steps=(step,)))
 
 
-def test_reaper_waits_for_another_and_gives_up_in_time(apart: Any) -> None:
-    said = apart("""
+@pytest.mark.parametrize("kind", ["LOCK_EX", "LOCK_SH"])
+def test_reaper_waits_for_another_and_gives_up_in_time(apart: Any, kind: str) -> None:
+    """Two at once would kill each other, so that not even a shared lock goes beside it."""
+    said = apart(f"""
         target = start(A, wait)
         fd = os.open(LOCK, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.{kind})
         number, elapsed = refusal(STEP.replace(timeout_ms=300))
         alive = ends(target)
         os.close(fd)

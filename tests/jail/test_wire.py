@@ -162,6 +162,15 @@ def test_reading_ends_at_every_byte_where_the_plan_may_be_cut_off() -> None:
                     read_plan(theirs.fileno())
 
 
+@pytest.mark.parametrize("data", [b"+5\nabcde", b" 5\nabcde", b"5 \nabcde", b"1_0\nabcdefghij", b"1\nab", b"\nabc"])
+def test_length_is_plain_digits_and_exact(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(data)
+        with pytest.raises(ValueError, match=r"length|after its end"):
+            read_plan(theirs.fileno())
+
+
 def test_plan_that_trickles_in_is_read_whole() -> None:
     with Jail() as jail:
         for place in range(len(GOOD)):

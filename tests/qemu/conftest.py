@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support import guests, iso
@@ -38,10 +38,10 @@ def uids() -> range:
 def unchanged(uids: range) -> Iterator[None]:
     """Fail a test after which the host differs from before: processes, cgroups, interfaces, descriptors."""
     folder = f"{find_cgroup()[0]}/depriv"
-    where = {"uids": uids, "cgroups": tuple(f"{folder}/{domid}" for domid in guests.DOMIDS)}
-    before = snapshot(**where)  # type: ignore[arg-type] # the arguments by their names
+    where: dict[str, Any] = {"uids": uids, "cgroups": tuple(f"{folder}/{domid}" for domid in guests.DOMIDS)}
+    before = snapshot(**where)
     yield
-    assert settled(before, **where) == before
+    assert settled(before, where) == before
 
 
 @pytest.fixture

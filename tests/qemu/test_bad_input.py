@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.guests import CommandLine, compiled, config_text, next_base, seeded
@@ -53,10 +53,10 @@ def refused(
     """Run `depriv create`; hold it to the form of an error and to having changed nothing; return what, cause, fix."""
     path = tmp_path / "refused.cfg"
     path.write_text(text)
-    where = {"folder": f"{depriv.state_dir}/domains", "uids": uids}
-    before = snapshot(**where)  # type: ignore[arg-type] # the arguments by their names
+    where: dict[str, Any] = {"folder": f"{depriv.state_dir}/domains", "uids": uids}
+    before = snapshot(**where)
     done = depriv.run("create", str(path), *words, expect=status)
-    assert snapshot(**where) == before  # type: ignore[arg-type]
+    assert snapshot(**where) == before
     path.unlink()
     assert done.stdout == ""
     parts = {"error": "", "cause": "", "  fix": ""}
@@ -143,7 +143,7 @@ def unix_socket(folder: Path) -> Path:
     ],
 )
 def test_image_that_is_none_is_refused(
-    depriv: CommandLine, uids: range, tmp_path: Path, make: Callable[[Path], Path], cause: str, fix: str
+    depriv: CommandLine, uids: range, *, tmp_path: Path, make: Callable[[Path], Path], cause: str, fix: str
 ) -> None:
     path = make(tmp_path)
     for access in ("rw", "ro"):
@@ -175,7 +175,7 @@ def test_backing_file_in_a_header_is_refused_and_the_line_shown_is_the_right_one
     depriv: CommandLine, uids: range, tmp_path: Path
 ) -> None:
     base = raw(tmp_path / "base.img")
-    middle = image(tmp_path / "middle.qcow2", "-b", str(base), "-F", "raw")
+    image(tmp_path / "middle.qcow2", "-b", str(base), "-F", "raw")
     top = image(tmp_path / "top.qcow2", "-b", "middle.qcow2", "-F", "qcow2")
     text = config_text("x", spec(top, form="qcow2"))
     for below in ("'middle.qcow2'", f"'{base}'"):
@@ -237,7 +237,7 @@ def test_qcow2_image_used_as_raw_starts_with_a_warning(depriv: CommandLine, tmp_
     ("first", "second", "works"), [("rw", "rw", False), ("rw", "ro", False), ("ro", "rw", False), ("ro", "ro", True)]
 )
 def test_image_is_written_by_one_domain_or_read_by_many(
-    depriv: CommandLine, uids: range, tmp_path: Path, first: str, second: str, works: bool
+    depriv: CommandLine, uids: range, *, tmp_path: Path, first: str, second: str, works: bool
 ) -> None:
     disk = raw(tmp_path / "disk.img")
     link = tmp_path / "hard.img"
@@ -518,7 +518,7 @@ def programs() -> Iterator[Path]:
     ],
 )
 def test_qemu_that_lacks_its_sandbox_is_refused_with_its_own_words(
-    depriv: CommandLine, uids: range, tmp_path: Path, programs: Path, message: str, fix: str
+    depriv: CommandLine, uids: range, *, tmp_path: Path, programs: Path, message: str, fix: str
 ) -> None:
     program = compiled(programs, "qemu-old", ANSWERS % message)
     text = config_text("x", device_model_override=str(program))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -70,7 +71,7 @@ def test_each_dump_has_all_that_was_said_before(host: Toolstack, disk: Path) -> 
     for _ in range(3):
         time.sleep(0.2)
         dumps.append(guest.console())
-    for before, after in zip(dumps, dumps[1:], strict=False):
+    for before, after in itertools.pairwise(dumps):
         assert after.startswith(before)
     assert len(dumps[-1]) > len(dumps[0])
 
@@ -81,8 +82,7 @@ def test_two_dumps_at_once_lose_nothing(host: Toolstack, disk: Path) -> None:
     dumps: list[bytes] = []
 
     def dump() -> None:
-        for _ in range(5):
-            dumps.append(guest.console())
+        dumps.extend(guest.console() for _ in range(5))
 
     threads = [threading.Thread(target=dump) for _ in range(3)]
     for thread in threads:

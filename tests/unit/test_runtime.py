@@ -42,16 +42,9 @@ def test_program_is_there_even_if_nothing_was_said() -> None:
 
 
 def test_lines_that_only_resemble_say_nothing() -> None:
-    text = "\n".join(
-        (
-            "calling init: /etc/passwd",
-            "1:\tcalling fini: /etc/passwd",
-            "\tcalling init: etc/passwd",
-            "location /etc/passwd",
-            "load_file name x location ",
-            "\tcalling init: ",
-        )
-    )
+    lines = ["calling init: /etc/passwd", "1:\tcalling fini: /etc/passwd", "\tcalling init: etc/passwd"]
+    lines += ["location /etc/passwd", "load_file name x location ", "\tcalling init: "]
+    text = "\n".join(lines)
     assert files_loaded(text, PROGRAM) == (PROGRAM,)
 
 

@@ -39,7 +39,7 @@ def warnings(domain: Domain) -> list[str]:
 
 
 def test_the_smallest_configuration_is_strict() -> None:
-    assert load("") == Domain(name="web1", source="web1.cfg")
+    assert load("").replace(places=()) == Domain(name="web1", source="web1.cfg")
     assert load("").dm_restrict
 
 
@@ -72,7 +72,7 @@ rtc_timeoffset = "-3600"
 def test_a_file_as_found_in_the_wild_is_read() -> None:
     found = load_domain(LINUX.replace("\n", "\r\n").encode(), source="d")
     notes = found.notes
-    assert found.replace(notes=()) == Domain(
+    assert found.replace(notes=(), places=()) == Domain(
         name="debian.hvm",
         uuid="6f1a3c7e-9f5b-4b8e-9c36-0d2f8a1b4c5d",
         memory_mib=1024,
@@ -115,7 +115,7 @@ def test_a_full_configuration_fills_every_field() -> None:
         """
     )
     chain = (Layer(target="/srv/base.qcow2", format="qcow2"), Layer(target="/srv/base", format="raw"))
-    assert found == Domain(
+    assert found.replace(places=()) == Domain(
         name="web1",
         machine="q35",
         accel="tcg",
@@ -313,7 +313,8 @@ def test_memory_and_cpus_follow_xl() -> None:
     assert load("maxmem = 300").memory_mib == 300
     assert warnings(load("memory = 200; maxmem = 300")) == ["maxmem"]
     assert warnings(load("vcpus = 1; maxvcpus = 4")) == ["maxvcpus"]
-    assert load("memory = 0x100; vcpus = '010'").replace(notes=()) == load("memory = 256; vcpus = 8")
+    odd = load("memory = 0x100; vcpus = '010'").replace(notes=(), places=())
+    assert odd == load("memory = 256; vcpus = 8").replace(places=())
 
 
 def test_the_command_line_of_the_kernel_follows_xl() -> None:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End domains: kill all that is a domain's, three ways, and believe none of them without proof."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from depriv import proc
+from depriv.errors import HostError
+from depriv.spawn import Jail
+from depriv.steps import Plan, Reap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from depriv.registry import Entry, Registry
+    from depriv.report import Expected
+
+END_TIMEOUT_S = 10.0
+
+
+def destroy(entry: Entry, registry: Registry) -> None:
+    """End a domain, whatever it does, and forget it once nothing of it lives.
+
+    Three ways, each enough for a QEMU that plays by the rules: process 1 of its pid namespace, its cgroup, its uid.
+    Then proof. If something does not die, the domain and its ids are kept.
+
+    Raises:
+        DeprivError: something of it still lives.
+    """
+    with registry.locked_domain(entry.domid):
+        registry.save(entry.replace(state="ending"))
+        end_processes(entry, registry)
+    with registry.locked():
+        registry.remove(entry.domid)
+
+
+def end_processes(entry: Entry, registry: Registry) -> None:
+    """Kill everything of a domain and see that it is gone, its cgroup included."""
+    pidfd = -1
+    if entry.expected is not None:
+        pidfd = _open_pidfd(entry.expected)
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+    kill_cgroup(entry.cgroup)
+    if entry.shared:
+        _await_end_of_one(entry)
+    else:
+        reap = Reap(
+            uid=entry.uid,
+            reaper_uid=entry.reaper_uid,
+            lock=f"{registry.folder}/reaper.lock",
+            timeout_ms=int(END_TIMEOUT_S * 1000),
+        )
+        steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
+        with Jail() as jail:
+            jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
+    remove_cgroup(entry.cgroup)
+
+
+def _open_pidfd(expected: Expected) -> int:
+    """Return a pidfd of the very process that was started, or -1: its number may be another's by now."""
+    try:
+        pidfd = os.pidfd_open(expected.pid)
+    except ProcessLookupError:
+        return -1
+    if proc.alive(expected.pid, expected.starttime) == "dead":
+        os.close(pidfd)
+        return -1
+    return pidfd
+
+
+def _await_end_of_one(entry: Entry) -> None:
+    """See one process to its end where its uid is shared and nobody may be killed by it."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    expected = entry.expected
+    while expected is not None and proc.alive(expected.pid, expected.starttime) != "dead":
+        if time.monotonic() > deadline:
+            raise HostError(f"process {expected.pid} of domain {entry.name} does not die")
+        time.sleep(0.002)
+
+
+def kill_cgroup(path: str) -> None:
+    """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
+    try:
+        with open(f"{path}/cgroup.kill", "w", encoding="ascii") as file:
+            file.write("1")
+        return
+    except FileNotFoundError:
+        pass
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with open(f"{path}/cgroup.procs", encoding="ascii") as file:
+                pids = [int(line) for line in file]
+        except FileNotFoundError:
+            return
+        if not pids:
+            return
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.002)
+
+
+def remove_cgroup(path: str) -> None:
+    """Remove a domain's cgroup, and the folder of all domains if it was the last."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while True:
+        try:
+            os.rmdir(path)
+            break
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise HostError(f"cannot remove cgroup {path}: it has processes") from error
+            time.sleep(0.002)
+    with contextlib.suppress(OSError):  # another domain may be in it
+        os.rmdir(os.path.dirname(path))
