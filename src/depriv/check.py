@@ -129,6 +129,8 @@ def _check_execute(plan: Plan) -> None:
             numbers += step.numbers
         if isinstance(step, (steps.OpenFile, steps.ListenUnix)) and step.number >= 0:
             numbers.append(step.number)
+        if isinstance(step, steps.MakeNode) and _NODES.get(step.path) != (step.major, step.minor):
+            raise ValueError(f"no device model needs the device {step.major}:{step.minor} as {step.path}")
         if isinstance(step, steps.OpenFile) and (step.access not in ("ro", "rw") or step.kind not in _KINDS):
             raise ValueError(f"{step.role}: access {step.access!r} or kind {step.kind!r} is none we know")
     in_range = all(0 <= number <= _FD_MAX for number in numbers)
@@ -139,6 +141,7 @@ def _check_execute(plan: Plan) -> None:
         raise ValueError("QEMU has to start stopped: -S")
 
 
+_NODES = {"/dev/null": (1, 3), "/dev/kvm": (10, 232)}  # Documentation/admin-guide/devices.txt
 _KINDS = ("file", "block", "char")
 _FD_MAX = 99  # the jail keeps its own descriptors above
 

@@ -35,6 +35,7 @@ def destroy(entry: Entry, registry: Registry) -> None:
         end_processes(entry, registry)
     with registry.locked():
         registry.remove(entry.domid)
+        remove_cgroup_folder(entry.cgroup, registry)
 
 
 def end_processes(entry: Entry, registry: Registry) -> None:
@@ -113,7 +114,11 @@ def kill_cgroup(path: str) -> None:
 
 
 def remove_cgroup(path: str) -> None:
-    """Remove a domain's cgroup, and the folder of all domains if it was the last."""
+    """Remove a domain's cgroup.
+
+    Raises:
+        HostError: there still are processes in it.
+    """
     deadline = time.monotonic() + END_TIMEOUT_S
     while True:
         try:
@@ -125,5 +130,13 @@ def remove_cgroup(path: str) -> None:
             if time.monotonic() > deadline:
                 raise HostError(f"cannot remove cgroup {path}: it has processes") from error
             time.sleep(0.002)
-    with contextlib.suppress(OSError):  # another domain may be in it
-        os.rmdir(os.path.dirname(path))
+
+
+def remove_cgroup_folder(path: str, registry: Registry) -> None:
+    """Remove the folder of all domains' cgroups after the last one, the registry locked.
+
+    A start reserves its entry under that lock, so none is about to make its cgroup in there.
+    """
+    if not registry.domids():
+        with contextlib.suppress(OSError):  # a toolstack with another registry has domains in it
+            os.rmdir(os.path.dirname(path))

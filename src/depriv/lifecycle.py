@@ -380,7 +380,7 @@ def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
 
 def _forget(entry: Entry, registry: Registry) -> None:
     """Undo a reservation whose start failed. The jail has ended and took with it what it made."""
-    from depriv.ending import end_processes  # noqa: PLC0415 (a start that goes well does not pay for it)
+    from depriv.ending import end_processes, remove_cgroup_folder  # noqa: PLC0415 (a start that goes well does not pay for it)
 
     try:
         end_processes(entry, registry)
@@ -389,3 +389,4 @@ def _forget(entry: Entry, registry: Registry) -> None:
         return
     with registry.locked():
         registry.remove(entry.domid)
+        remove_cgroup_folder(entry.cgroup, registry)

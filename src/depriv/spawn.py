@@ -80,7 +80,7 @@ class Jail:
         Raises:
             JailError: a step failed; nothing of the plan is left.
         """
-        self._send(plan)
+        self._tell(codec.encode(plan))
         words = iter(self._answer("started", timeout_s))
         pid = int(next(words))
         made: list[Opened] = []
@@ -99,21 +99,21 @@ class Jail:
         Raises:
             JailError: a process of the uid is left, or the reaper failed.
         """
-        self._send(plan)
+        self._tell(codec.encode(plan))
         self._answer("done", timeout_s)
 
     def empty_root(self, *, timeout_s: float) -> None:
         """Have the plan's ``after`` done."""
-        self._control.sendall(b"E")
+        self._tell(b"E")
         self._answer("emptied", timeout_s)
 
     def release(self) -> None:
         """Let QEMU live on after the jail's end."""
-        self._control.sendall(b"D")
+        self._tell(b"D")
 
-    def _send(self, plan: Plan) -> None:
+    def _tell(self, message: bytes) -> None:
         try:
-            self._control.sendall(codec.encode(plan))
+            self._control.sendall(message)
         except OSError as error:
             raise JailError("the jail ended before it was told what to do") from error
 

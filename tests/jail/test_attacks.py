@@ -61,8 +61,6 @@ PERMITTED = {
     "clone_one": SANDBOX,
     "clone3_one": SANDBOX,
     "clone_vm": SANDBOX,
-    "clone_newuser": SANDBOX,
-    "unshare_user": SANDBOX,
     "exec_memfd": SANDBOX,
     "session": SANDBOX,
     "key_session": FILTER + "; keys belong to its uid and user namespace",
@@ -104,6 +102,7 @@ REFUSED = {  # what the kernel says -> to which acts
     # It gets its share and no more.
     "EFBIG": "memfd_big fd_grow fd_truncate",
     "EMFILE": "mq many_fds",
+    "ENOSPC": "clone_newuser unshare_user",
     "ENOMEM": "map_big",
     # There is no way out.
     "ENETUNREACH": "connect_inet",
@@ -120,7 +119,8 @@ NEVER = """
     path_read path_write path_stat connect_socket connect_abstract connect_inet kill_victim ptrace_victim
     pidfd_getfd_victim pidfd_signal_victim vm_readv_victim vm_writev_victim proc_victim_mem proc_victim_root
     proc_victim_environ prlimit_victim setns_victim setuid_0 setresuid_0 setgid_0 setgroups_0 setuid_other capset_admin
-    handle_open mount_none mknod_null dev_mem dev_kvm dev_tun load_module kexec bpf_prog socket_packet socket_raw
+    handle_open mount_none mknod_null clone_newuser unshare_user
+    dev_mem dev_kvm dev_tun load_module kexec bpf_prog socket_packet socket_raw
     fd_grow fd_truncate fd_chown fd_reopen
 """
 

@@ -46,7 +46,6 @@ WRONG: dict[type[Record], tuple[str, Any, int]] = {
     steps.MakeRoot: ("mountpoint", NONE, errno.ENOENT),
     steps.MakeDir: ("path", NONE, errno.ENOENT),
     steps.MakeLink: ("path", "/usr", errno.EEXIST),
-    steps.MakeNode: ("path", NONE, errno.ENOENT),
     steps.BindTree: ("source", NONE, errno.ENOENT),
     steps.MakePrivate: ("path", NONE, errno.ENOENT),
     steps.CopyFile: ("path", NONE, errno.ENOENT),

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.host import snapshot
+
 from depriv.api import Toolstack
 from depriv.errors import DeprivError
 from depriv.qmp import Monitor
@@ -227,3 +229,29 @@ def stop(pid: int) -> None:
                 return
         time.sleep(0.01)
     raise AssertionError(f"process {pid} does not stop")
+
+
+def refused(
+    depriv: CommandLine, uids: range, text: str, *words: str, status: int = 2, tmp_path: Path
+) -> tuple[str, str, str]:
+    """Run `depriv create`; hold it to the form of an error and to having changed nothing; return what, cause, fix."""
+    path = tmp_path / "refused.cfg"
+    path.write_text(text)
+    where: dict[str, Any] = {"folder": f"{depriv.state_dir}/domains", "uids": uids}
+    before = snapshot(**where)
+    done = depriv.run("create", str(path), *words, expect=status)
+    assert snapshot(**where) == before
+    path.unlink()
+    assert done.stdout == ""
+    parts = {"error": "", "cause": "", "  fix": ""}
+    at = ""
+    for line in done.stderr.splitlines():
+        head, colon, rest = line.partition(": ")
+        if colon and head in parts:
+            at = head
+            parts[at] = rest
+        elif at:
+            parts[at] += "\n" + line.strip()
+    assert parts["error"], done.stderr
+    assert "Traceback" not in done.stderr
+    return parts["error"], parts["cause"], parts["  fix"]

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tests.support import build, host
@@ -133,11 +134,23 @@ class Ground:
 
     def close(self) -> None:
         """End and remove whatever a test left, so that its failure is its own alone."""
-        for entry in self.registry.entries():
-            lifecycle._forget(entry, self.registry)
-        for path in (f"{self.cgroups}/depriv", self.cgroups):
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(path)
+        try:
+            for entry in self.registry.entries():
+                lifecycle._forget(entry, self.registry)
+        finally:
+            for path in (f"{self.cgroups}/depriv", self.cgroups):
+                assert wait_for(partial(_removed, path), 5), f"{path} is in use"
+
+
+def _removed(path: str) -> bool:
+    """Remove a cgroup; False while a process is still leaving it."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 class Running:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only privileged code. Executed, never imported; standard library only."""
+"""The only privileged code: executed, never imported."""

@@ -177,8 +177,17 @@ def copy_file(step: steps.CopyFile, state: State) -> None:
 
 
 def pivot_root(_step: steps.PivotRoot, state: State) -> None:
-    """Swap the roots in place: with "." for both, the old root lies over the new one and is detached at once."""
-    os.chdir(state.root)
+    """Swap the roots in place: with "." for both, the old root lies over the new one and is detached at once.
+
+    Entering the own mount namespace anew makes its root ours first: in a chroot only that chroot would be detached,
+    the host stay mounted above it, and the kernel refuse a user namespace.
+    """
+    root = os.open(state.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    own = os.open("self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=state.proc)
+    sys.setns(own, sys.CLONE_NEW["mnt"])
+    os.fchdir(root)
+    os.close(own)
+    os.close(root)
     sys.pivot_root(".", ".")
     sys.umount2(".", sys.MNT_DETACH)
     os.chdir("/")
@@ -226,6 +235,10 @@ def new_user(_step: steps.NewUser, state: State) -> None:
     os.write(state.tell, ASK_FOR_MAP)
     if os.read(state.waits, 1) != MAPPED:
         raise OSError(32, "the jail did not map the uid", "uid_map")
+    # None below this one: in a namespace of its own QEMU would have every capability again. See namespaces(7).
+    fd = os.open("sys/user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.proc)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def map_user(pid: int, step: steps.NewUser, state: State) -> None:
@@ -240,7 +253,8 @@ def map_user(pid: int, step: steps.NewUser, state: State) -> None:
 
 def drop_capabilities(_step: steps.DropCapabilities, state: State) -> None:
     """Bounding set first: it needs CAP_SETPCAP, which is gone with the rest."""
-    sys.drop_bounding_set(state.last_cap)
+    for cap in range(state.last_cap + 1):
+        sys.prctl(sys.PR_CAPBSET_DROP, cap, f"PR_CAPBSET_DROP {cap}")
     sys.prctl(sys.PR_CAP_AMBIENT, sys.PR_CAP_AMBIENT_CLEAR_ALL, "PR_CAP_AMBIENT_CLEAR_ALL")
     sys.prctl(sys.PR_SET_SECUREBITS, sys.SECUREBITS, "PR_SET_SECUREBITS")
 
@@ -257,8 +271,7 @@ def set_ids(step: steps.SetIds, _state: State) -> None:
 def no_new_privs(_step: steps.NoNewPrivs, _state: State) -> None:
     """For good; and nobody of this uid may trace the little that is left before exec.
 
-    After exec the kernel makes the process not dumpable by itself, because the binary may be executed but not read
-    (would_dump() in fs/exec.c): PR_SET_DUMPABLE does not survive exec.
+    After exec the kernel keeps it so: the binary may be executed but not read (would_dump() in fs/exec.c).
     """
     sys.prctl(sys.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
     sys.prctl(sys.PR_SET_DUMPABLE, 0, "PR_SET_DUMPABLE")

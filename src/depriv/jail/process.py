@@ -9,8 +9,7 @@ separated by NUL (:mod:`depriv.codec`, docs/adr/0001). In comes a plan; out go
     done                                                        a plan that only reaps is done
     failed STEP ERRNO CAUSE                                     and the jail ends, having undone all
 
-then b"D" releases it: the jail ends and QEMU stays. If the socket closes before that, QEMU is killed: a start that
-nobody completes leaves nothing behind.
+then b"D" releases it: the jail ends and QEMU stays. If the socket closes before, QEMU is killed: nothing is left.
 """
 
 from __future__ import annotations
@@ -76,35 +75,27 @@ def main(control: int) -> int:
 
 def read_plan(control: int) -> bytes:
     """Return the body of the plan's message, or nothing if the socket was closed before the first byte."""
-    data = b""
-    while b"\n" not in data:
-        chunk = os.read(control, 65536)
-        if not chunk and data:
-            raise ValueError("the plan ends early")
-        if not chunk:
-            return b""
-        data += chunk
-        if b"\n" not in data[:10] and len(data) >= 10:
-            raise ValueError("a plan begins with its length")
-    head, _, data = data.partition(b"\n")
-    if not head.isdigit() or not 0 < int(head) <= _PLAN_BYTES_MAX:
+    stream = open(control, "rb", buffering=0, closefd=False)  # noqa: SIM115 (the descriptor is used on)
+    head = stream.readline(10)
+    if not head:
+        return b""
+    if not head[:-1].isdigit() or not head.endswith(b"\n") or not 0 < int(head) <= _PLAN_BYTES_MAX:
         raise ValueError("a plan begins with its length")
+    data = b""
     while len(data) < int(head):
-        chunk = os.read(control, int(head) - len(data))
+        chunk = stream.read(int(head) - len(data) + 1)  # one more than may come
         if not chunk:
             raise ValueError("the plan ends early")
         data += chunk
-    if len(data) != int(head):
+    if len(data) > int(head):
         raise ValueError("the plan goes on after its end")
     return data
 
 
 def answer(control: int, words: list[str]) -> None:
     """Send one message; a toolstack that is gone is noticed by the next read."""
-    message = codec.pack(words)
     try:
-        while message:
-            message = message[os.write(control, message) :]
+        os.write(control, codec.pack(words))
     except OSError:
         return
 

@@ -81,6 +81,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
+def setns(fd: int, kind: int) -> None:
+    """See setns(2)."""
+    _check(_libc.setns(fd, kind), "setns")
+
+
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
     """See mount(2)."""
     encoded = (source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None)
@@ -107,25 +112,11 @@ def prctl(option: int, value: int = 0, what: str = "prctl") -> None:
     _check(_libc.prctl(option, value, 0, 0, 0), what)
 
 
-def drop_bounding_set(last_cap: int) -> None:
-    """Drop every capability from the bounding set, up to the last one this kernel knows."""
-    for cap in range(last_cap + 1):
-        prctl(PR_CAPBSET_DROP, cap, f"PR_CAPBSET_DROP {cap}")
-
-
 def capset_none() -> None:
     """Empty the permitted, effective and inheritable sets of this process. See capset(2)."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)()
     _check(_libc.capset(header, data), "capset")
-
-
-def effective_capabilities() -> int:
-    """Return this process's effective set as a bit mask. See capget(2)."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)()
-    _check(_libc.capget(header, data), "capget")
-    return data[0] | data[3] << 32
 
 
 def listen_unix(name: str) -> int:
