@@ -34,6 +34,7 @@ class FileFacts(Record):
     rdev: int = 0
     size: int = 0  # bytes; of a block device its capacity
     detail: str = ""  # of "missing" and "unreadable": the reason; of "symlink": where it leads
+    unread: bool = False  # we may look at it but not into it: what follows is not known
     magic: str = ""  # "qcow2", "qcow", "vmdk", "vhd", "qed", "luks", "bzimage", "elf" or ""
     virtual_size: int = 0  # qcow2: bytes that the guest sees
     cluster_size: int = 0  # qcow2

@@ -136,7 +136,12 @@ def _chain(config: Domain, host: Host, disk: Disk, warnings: list[str]) -> Chain
         facts = host.file(path)
         role = disk.vdev if depth == 0 else f"{disk.vdev}-{depth}"
         _check_kind(config, disk, role, facts)
-        _check_format(config, disk, facts, form, last=depth == len(layers) - 1)
+        if facts.unread:
+            if host.root:
+                raise _unfit(facts.path, facts.replace(kind="unreadable"), want="", place=config.place(disk.vdev))
+            warnings.append(f"{path} cannot be read by this user: whether it fits is seen when root starts it")
+        else:
+            _check_format(config, disk, facts, form, last=depth == len(layers) - 1)
         if form == "raw" and facts.magic and not disk.cdrom:
             warnings.append(f"{path} looks like {facts.magic} and is used as raw, as the configuration says")
         files.append(ImageFile(role=role, facts=facts, format=form, writable=may_write))
@@ -147,7 +152,7 @@ def _unfit(what: str, facts: FileFacts, *, want: str, place: dict[str, Any]) -> 
     """Return the error for a file of the wrong kind, with what to do for each."""
     causes = {
         "missing": ("it does not exist", "make it, or correct the path"),
-        "unreadable": (facts.detail, "correct the path, or what keeps root from reading it"),
+        "unreadable": (facts.detail or "it cannot be read", "correct the path, or what keeps root from reading it"),
         "symlink": (
             f"it is a symbolic link to {facts.detail}; a link could be pointed elsewhere between check and use",
             f"name the file itself: {facts.detail}",
@@ -167,7 +172,7 @@ def _check_kind(config: Domain, disk: Disk, role: str, facts: FileFacts) -> None
         raise _unfit(
             f"{facts.path} for {role}", facts, want="a regular file or a block device", place=config.place(disk.vdev)
         )
-    if facts.size == 0:
+    if facts.size == 0 and not (facts.unread and facts.kind == "block"):
         raise ConfigError(
             f"cannot use {facts.path} for {role}: it is empty (0 bytes)",
             fix=f"give it a size: truncate -s 10G {facts.path}, or qemu-img create -f qcow2 {facts.path} 10G",

@@ -248,3 +248,12 @@ def test_limit_of_a_qcow2_file_has_room_for_all_clusters_and_their_tables(size: 
 def test_limit_of_a_raw_file_is_its_size() -> None:
     image = ImageFile(role="x", facts=facts("/a", size=12345), format="raw", writable=True)
     assert image.size_max == 12345
+
+
+def test_image_that_only_root_may_read_is_planned_for_with_a_warning_and_never_started() -> None:
+    unread = facts("/srv/a.img", unread=True)
+    config = domain(Disk(vdev="xvda", target="/srv/a.img"))
+    warnings: list[str] = []
+    assert chains(config, host(unread).replace(root=False), warnings)[0][0].writable
+    assert ["cannot be read by this user" in text for text in warnings] == [True]
+    assert "cannot be read" in refusal(config, host(unread)).cause
