@@ -251,6 +251,13 @@ def _make_root(recipe: Recipe) -> None:
         os.chdir("/")
         return
     libc = _libc()
+    # Where the tests themselves run in a chroot, the namespace's own root is another: enter it anew first.
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY)
+    namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    _ok(libc.setns(namespace, 0), "setns")
+    os.fchdir(here)
+    os.close(namespace)
+    os.close(here)
     _ok(libc.syscall(SYS_PIVOT_ROOT, b".", b"."), "pivot_root")
     _ok(libc.umount2(b".", MNT_DETACH), "umount2")
     os.chdir("/")

@@ -32,8 +32,7 @@ ROOT_MAY = """
     socket_pair bind_inet connect_socket bind_abstract bind_path see_any kill_victim prlimit_victim sched_victim
     nice_victim pidfd_victim pidfd_getfd_victim pidfd_signal_victim vm_readv_victim vm_writev_victim perf_self
     shm sem msg mq host_name map_exec map_big lock_memory thread dumpable fork_one vfork_one clone_one clone3_one
-    clone_vm clone_newpid clone_newuser
-    raise_core raise_fsize nice_up affinity persona session keep_caps securebits drop_bounding
+    clone_vm clone_newpid raise_core raise_fsize nice_up affinity persona session keep_caps securebits drop_bounding
     swap_on reboot_wrong kernel_log ptrace_victim chroot_root pivot mount_none mount_private umount_root fs_open
     open_tree_clone mount_move setns_self setns_victim unshare_net unshare_pid unshare_mount setfsuid_0 capset_admin
     setgroups_0 setgid_0 setuid_0 setresuid_0 setuid_other exec_memfd exec_sh

@@ -119,7 +119,7 @@ NEVER = """
     path_read path_write path_stat connect_socket connect_abstract connect_inet kill_victim ptrace_victim
     pidfd_getfd_victim pidfd_signal_victim vm_readv_victim vm_writev_victim proc_victim_mem proc_victim_root
     proc_victim_environ prlimit_victim setns_victim setuid_0 setresuid_0 setgid_0 setgroups_0 setuid_other capset_admin
-    handle_open mount_none mknod_null clone_newuser
+    handle_open mount_none mknod_null
     dev_mem dev_kvm dev_tun load_module kexec bpf_prog socket_packet socket_raw
     fd_grow fd_truncate fd_chown fd_reopen
 """

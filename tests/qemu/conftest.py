@@ -16,6 +16,7 @@ from tests.support.host import need, settled, snapshot
 from depriv import demo_guest
 from depriv.detect import find_cgroup
 from depriv.identity import RANGE_BASE
+from depriv.setup import remove_setup, run_setup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def uids() -> range:
-    """Return the uids of the domains of these tests; skip where none can be confined, if that is not promised."""
+def uids() -> Iterator[range]:
+    """Return the uids of the domains of these tests, on a host that is set up for them and afterwards as it was."""
     need(os.geteuid() == 0, what="root")
     need(shutil.which("qemu-system-x86_64") is not None, what="qemu")
-    first = [user.pw_uid for user in pwd.getpwall() if user.pw_name == RANGE_BASE]
-    need(len(first) == 1, what="users")
-    return range(first[0] + guests.DOMIDS.start, first[0] + guests.DOMIDS.stop)
+    made = RANGE_BASE not in {user.pw_name for user in pwd.getpwall()}
+    if made:
+        run_setup()
+    first = pwd.getpwnam(RANGE_BASE).pw_uid
+    yield range(first + guests.DOMIDS.start, first + guests.DOMIDS.stop)
+    if made:
+        remove_setup()
 
 
 @pytest.fixture
