@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from depriv import lifecycle
 from depriv.errors import ConfigError, DeprivError, HostError
@@ -96,15 +97,16 @@ class Guest:
         with self._registry.locked_domain(self._entry.domid):
             return Console(self._registry.directory(self._entry.domid)).read()
 
-    def destroy(self) -> None:
-        """End it and everything of it, verified.
+    def destroy(self, jail: Jail | None = None) -> None:
+        """End it and everything of it, verified. ``jail`` is one that was started ahead, to save its start-up time.
 
         Raises:
+            NotFoundError: another command was faster.
             DeprivError: something of it does not die; the domain stays listed.
         """
         from depriv.ending import destroy  # noqa: PLC0415 (not on the path of create)
 
-        destroy(self._entry, self._registry)
+        destroy(self._entry, self._registry, jail)
 
 
 class Toolstack:
@@ -161,8 +163,12 @@ class Toolstack:
         return lifecycle.create(config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail)
 
     def guests(self) -> tuple[Guest, ...]:
-        """Return every domain, in order of domid."""
-        return tuple(Guest(entry, self.registry) for entry in self.registry.entries())
+        """Return every domain whose entry can be read, in order of domid; see ``damaged`` for the others."""
+        return tuple(Guest(entry, self.registry) for entry in self.registry.readable()[0])
+
+    def damaged(self) -> tuple[HostError, ...]:
+        """Return what is wrong with entries that cannot be read. While there is one, nothing new can start."""
+        return self.registry.readable()[1]
 
     def guest(self, name: str) -> Guest:
         """Return a domain by name or domid.
@@ -195,14 +201,23 @@ def load(path: str, arguments: tuple[str, ...] = ()) -> Domain:
     """
     from depriv.xlconfig import load_domain  # noqa: PLC0415 (a program may have no file)
 
+    fix = "name the configuration's file"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            text = os.read(fd, _CONFIG_BYTES_MAX + 1)
+            have = os.fstat(fd)
+            text = os.read(fd, _CONFIG_BYTES_MAX + 1) if stat.S_ISREG(have.st_mode) else b""
         finally:
             os.close(fd)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}", cause=error.strerror or "", fix="name a readable file") from error
+    except (OSError, ValueError) as error:
+        cause = error.strerror or "" if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot read {path or repr(path)}", cause=cause, fix=fix) from error
+    if not stat.S_ISREG(have.st_mode):
+        kind = "a directory" if stat.S_ISDIR(have.st_mode) else "a device, pipe or socket"
+        raise ConfigError(f"cannot read {path}", cause=f"it is {kind}, not a regular file", fix=fix)
+    if len(text) > _CONFIG_BYTES_MAX:
+        cause = f"it has {have.st_size} bytes, and a configuration at most {_CONFIG_BYTES_MAX}"
+        raise ConfigError(f"cannot use {path}", cause=cause, fix=fix)
     return load_domain(text, source=path, arguments=arguments)
 
 

@@ -103,7 +103,8 @@ def audit(
     try:
         found = _look(pid, expected, survey(others) if seen is None else seen)
     except PermissionError as error:
-        raise HostError(f"cannot audit process {pid}", fix="run this as root") from error
+        fix = "" if os.geteuid() == 0 else "run this as root"
+        raise HostError(f"cannot audit process {pid}: this process may not look into it", fix=fix) from error
     checks = (_check("alive", "running", "dead"),) if found is None else tuple(found)
     return AuditReport(domain="" if expected is None else expected.domain, pid=pid, checks=checks)
 

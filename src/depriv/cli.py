@@ -11,11 +11,12 @@ import time
 _BEGAN = time.monotonic()  # first of all: what is counted is the rest of the imports, too
 
 import argparse  # noqa: E402
+import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 
-from depriv.errors import ConfigError, DeprivError, render  # noqa: E402
+from depriv.errors import ConfigError, DeprivError, HostError, render  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser(words[0] if words else "").parse_args(words)
         act: Callable[[argparse.Namespace], int] = arguments.act
-        return act(arguments)
+        status = act(arguments)
+        sys.stdout.flush()
+        return status
     except DeprivError as error:
         print(render(error), file=sys.stderr)
         return error.exit_status
@@ -38,19 +41,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough: no more output, and no complaint from the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        # What nobody foresaw: a full or read-only file system, most likely.
+        print(render(HostError("the host refused", cause=str(error))), file=sys.stderr)
+        return HostError.exit_status
     except KeyboardInterrupt:
         return 130
 
 
 def run() -> None:
     """Be the program: run, flush, and leave without taking the interpreter apart, which takes longer than an audit."""
-    status = main()
+    _have_streams()
     try:
+        status = main()
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:
-        pass
+        status = 0
+    except OSError:  # standard error cannot be written, and there is nobody else to tell
+        status = HostError.exit_status
     os._exit(status)
+
+
+def _have_streams() -> None:
+    """See that descriptors 0 to 2 are open, or a file of ours would get their number, and that all text can be shown."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # A closed one is None to Python.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed by the program's end)
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as above)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parser(verb: str = "") -> argparse.ArgumentParser:
@@ -86,7 +111,8 @@ class _Formatter(argparse.HelpFormatter):
 
 def _file_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("file", metavar="FILE", help="configuration, see depriv.cfg(5)")
-    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="as if at the end of the file")
+    # The default tells argparse that there need be none.
+    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="as if at the end of the file")
 
 
 def _json_option(made: argparse.ArgumentParser) -> None:
@@ -130,9 +156,14 @@ def _setup_options(made: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> int:
     """Print what the configuration comes to, key by key where there is something to say."""
-    config = _load(arguments)
+    try:
+        config = _load(arguments)
+    except ConfigError as error:
+        for each in (error, *error.others):
+            print(render(each), file=sys.stderr)
+        return error.exit_status
     for note in config.notes:
-        place = f"{arguments.file}:{note.line}:{note.column}: " if note.line else ""
+        place = f"{note.source or arguments.file}:{note.line}:{note.column}: " if note.line else ""
         print(f"{place}{'warning' if note.warning else 'note'}: {note.text}")
     disks = ", ".join(disk.vdev for disk in config.disks) or "none"
     size = f"{config.memory_mib} MiB, {config.vcpus} vCPU"
@@ -212,6 +243,8 @@ def show_list(arguments: argparse.Namespace) -> int:
 
     host = Toolstack()
     guests = [host.guest(name) for name in arguments.names] if arguments.names else host.guests()
+    for error in host.damaged():
+        print(render(error), file=sys.stderr)
     rows = [guest.row() for guest in guests]
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
@@ -243,6 +276,8 @@ def audit(arguments: argparse.Namespace) -> int:
 
     if (arguments.name is None) == (arguments.pid is None):
         raise ConfigError("audit takes a domain's name, or --pid and a process number", fix="see depriv audit --help")
+    if arguments.pid is not None and arguments.pid < 1:
+        raise ConfigError(f"there is no process {arguments.pid}", fix="give a process number, as ps shows it")
     host = Toolstack()
     report = host.guest(arguments.name).audit() if arguments.pid is None else audit_process(arguments.pid, host)
     print(json.dumps(report.to_json(), indent=2) if arguments.json else report.to_text())
@@ -251,9 +286,12 @@ def audit(arguments: argparse.Namespace) -> int:
 
 def destroy(arguments: argparse.Namespace) -> int:
     """End a domain."""
-    from depriv.api import Toolstack
+    from depriv.spawn import Jail
 
-    Toolstack().guest(arguments.name).destroy()
+    with Jail() as jail:
+        from depriv.api import Toolstack
+
+        Toolstack().guest(arguments.name).destroy(jail)
     return 0
 
 

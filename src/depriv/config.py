@@ -57,6 +57,7 @@ class Note(Record):
 
     key: str
     text: str
+    source: str = ""  # "" is the domain's own
     line: int = 0
     column: int = 0
     warning: bool = False  # False: for the record only (`check`, `plan`); True: printed at every start
@@ -93,11 +94,11 @@ class Domain(Record):
     on_crash: str = "destroy"
     notes: tuple[Note, ...] = ()
     source: str = ""  # the file's name, for messages; "" for a Python program
-    places: tuple[tuple[str, int, int, str], ...] = ()  # key or vdev, line, column, the line: for messages
+    places: tuple[tuple[str, str, int, int, str], ...] = ()  # key or vdev, file, line, column, the line: for messages
 
     def place(self, key: str) -> dict[str, Any]:
         """Return where a key (or the disk with a vdev) stands in the file, as ``ConfigError`` takes it."""
-        for name, line, column, text in self.places:
+        for name, source, line, column, text in self.places:
             if name == key:
-                return {"source": self.source, "line": line, "column": column, "text": text}
+                return {"source": source, "line": line, "column": column, "text": text}
         return {"source": self.source}

@@ -12,7 +12,7 @@ import base64
 import binascii
 import os
 
-from depriv.errors import MonitorError
+from depriv.errors import HostError, MonitorError
 from depriv.qemu.cmdline import CONSOLE_BYTES
 from depriv.qmp import Monitor
 
@@ -35,6 +35,7 @@ class Console:
             MonitorError: QEMU does not answer, and nothing had been read from it before.
         """
         kept = self._load()
+        self._reserve()
         try:
             fresh = self._drain()
         except MonitorError:
@@ -72,11 +73,25 @@ class Console:
         finally:
             os.close(fd)
 
+    def _reserve(self) -> None:
+        """See that what is taken out of QEMU can be kept, before it is taken: it cannot be put back."""
+        beside = f"{self._saved}.new"
+        try:
+            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, CONSOLE_BYTES)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            fix = "see that there is room for 1 MiB: df -h /run"
+            raise HostError(f"cannot keep what the guest has said in {beside}", fix=fix) from error
+
     def _save(self, data: bytes) -> None:
         beside = f"{self._saved}.new"
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(beside, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.write(fd, data)
+            os.ftruncate(fd, len(data))
         finally:
             os.close(fd)
         os.rename(beside, self._saved)

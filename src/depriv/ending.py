@@ -21,25 +21,27 @@ if TYPE_CHECKING:
 END_TIMEOUT_S = 10.0
 
 
-def destroy(entry: Entry, registry: Registry) -> None:
+def destroy(entry: Entry, registry: Registry, jail: Jail | None = None) -> None:
     """End a domain, whatever it does, and forget it once nothing of it lives.
 
     Three ways, each enough for a QEMU that plays by the rules: process 1 of its pid namespace, its cgroup, its uid.
-    Then proof. If something does not die, the domain and its ids are kept.
+    Then proof. If something does not die, the domain and its ids are kept. ``jail`` is one that was started ahead.
 
     Raises:
+        NotFoundError: another command was faster.
         DeprivError: something of it still lives.
     """
-    with registry.locked_domain(entry.domid):
+    with jail or Jail() as ready, registry.locked_domain(entry.domid):
+        entry = registry.current(entry)
         registry.save(entry.replace(state="ending"))
-        end_processes(entry, registry)
-    with registry.locked():
-        registry.remove(entry.domid)
-        remove_cgroup_folder(entry.cgroup, registry)
+        end_processes(entry, registry, ready)
+        with registry.locked():
+            registry.remove(entry.domid)
+            remove_cgroup_folder(entry.cgroup, registry)
 
 
-def end_processes(entry: Entry, registry: Registry) -> None:
-    """Kill everything of a domain and see that it is gone, its cgroup included."""
+def end_processes(entry: Entry, registry: Registry, jail: Jail) -> None:
+    """Kill everything of a domain and see that it is gone, its cgroup included. ``jail`` is used up."""
     pidfd = -1
     if entry.expected is not None:
         pidfd = _open_pidfd(entry.expected)
@@ -61,8 +63,7 @@ def end_processes(entry: Entry, registry: Registry) -> None:
             timeout_ms=int(END_TIMEOUT_S * 1000),
         )
         steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
-        with Jail() as jail:
-            jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
+        jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
     remove_cgroup(entry.cgroup)
 
 

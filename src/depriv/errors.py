@@ -16,6 +16,10 @@
 
 from __future__ import annotations
 
+from depriv.text import one_line
+
+_SHOWN = 200  # characters of a line of the configuration, around the mark: somebody may have named a disk image
+
 
 class DeprivError(Exception):
     """Base of all errors a caller is expected to catch."""
@@ -60,6 +64,7 @@ class ConfigError(DeprivError):
         self.line = line
         self.column = column
         self.text = text
+        self.others: tuple[ConfigError, ...] = ()  # further errors of the same file
 
     def __str__(self) -> str:
         """Return ``FILE:LINE:COLUMN: what``, with as much of the place as is known."""
@@ -99,17 +104,21 @@ class MonitorError(DeprivError):
 
 def render(error: BaseException) -> str:
     """Return the lines the command line prints: error, place, cause, fix."""
-    lines = [f"error: {error}"]
+    lines = [f"error: {one_line(str(error))}"]
     if isinstance(error, ConfigError) and error.text:
+        at = max(error.column, 1) - 1
+        first = max(0, at - _SHOWN // 2) if len(error.text) > _SHOWN else 0
         # One for one, so that the mark stays below its place; a file may hold what would steer a terminal.
-        shown = "".join(char if char.isprintable() else " " if char == "\t" else "?" for char in error.text)
-        lines += [f"  {shown}", "  " + " " * (max(error.column, 1) - 1) + "^"]
+        window = error.text[first : first + _SHOWN]
+        shown = "".join(char if char.isprintable() else " " if char == "\t" else "?" for char in window)
+        lines += [f"  {shown}", "  " + " " * (at - first) + "^"]
     cause = error.cause if isinstance(error, DeprivError) else ""
     if not cause and error.__cause__ is not None:
         cause = str(error.__cause__) or type(error.__cause__).__name__
     if cause:
-        lines.append(f"cause: {cause}")
+        # The words of others: a file name, a system's message, QEMU's log.
+        lines.append("cause: " + "\n".join(one_line(line) for line in cause.split("\n")))
     if isinstance(error, DeprivError) and error.fix:
-        first, *rest = error.fix.splitlines()
-        lines += [f"  fix: {first}", *(f"       {line}" for line in rest)]
+        top, *rest = error.fix.split("\n")
+        lines += [f"  fix: {one_line(top)}", *(f"       {one_line(line)}" for line in rest)]
     return "\n".join(lines)

@@ -279,7 +279,9 @@ def _named_user(name: str, accounts: Accounts) -> User:
         raise PlanError(f"{key}: there is no such user", cause=f"getpwnam({name!r})", fix=_new_user_fix(name, accounts))
     if name in (RANGE_BASE, REAPER):
         raise PlanError(
-            f"{key}: that user kills device models, it must not run one",
+            f"{key}: that user kills device models, it must not run one"
+            if name == REAPER
+            else f"{key}: that user only marks where the range of domains' ids begins",
             fix="remove device_model_user to get an id of the range",
         )
     for kind, number in (("uid", user.uid), ("gid", user.gid)):
@@ -428,7 +430,8 @@ def _new_user_fix(name: str, accounts: Accounts) -> str:
 def _renumber_fix(user: User, accounts: Accounts) -> str:
     """Return the commands that give an existing user an id and a group of its own."""
     number = propose_id(accounts)
-    if user.uid == 0 or user.name == "nobody" or has_login(user) or not number:
+    # A system user of somebody else's program owns files and runs daemons: to renumber it would break that.
+    if user.uid < 1000 or user.name == "nobody" or has_login(user) or not number:
         return "name a user made for this domain, or remove device_model_user to get an id of the range"
     own = any(group.name == user.name for group in accounts.groups)
     group = "groupmod" if own else "groupadd"

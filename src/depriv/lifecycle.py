@@ -75,7 +75,7 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
         DeprivError: it did not start, why, and what to do. Nothing is left of it.
     """
     times = [("begin", time.monotonic())]
-    with jail or Jail() as ready:
+    with jail or Jail() as ready, contextlib.ExitStack() as held:
         if os.geteuid() != 0:
             raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
         registry.prepare()
@@ -85,7 +85,7 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
             host = look(config, domid=domid, holdings=holdings, state_dir=registry.folder, cache_dir=cache_dir)
             launch = plan(config, host)
             entry = _reserve(config, launch, domid)
-            registry.add(entry)
+            registry.add(entry, held)
         times.append(("plan", time.monotonic()))
         try:
             for text in launch.warnings:
@@ -327,7 +327,7 @@ def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
     """Return name and pid of every other guest that runs."""
     return tuple(
         (entry.name, entry.expected.pid)
-        for entry in registry.entries()
+        for entry in registry.readable()[0]
         if entry.domid != domid
         and entry.expected is not None
         and proc.alive(entry.expected.pid, entry.expected.starttime) == "running"
@@ -383,7 +383,8 @@ def _forget(entry: Entry, registry: Registry) -> None:
     from depriv.ending import end_processes, remove_cgroup_folder  # noqa: PLC0415 (a start that goes well does not pay for it)
 
     try:
-        end_processes(entry, registry)
+        with Jail() as jail:
+            end_processes(entry, registry, jail)
     except DeprivError as error:
         print(f"warning: domain {entry.name} is kept: {error}", file=sys.stderr)  # noqa: T201 (nobody else will hear)
         return

@@ -9,6 +9,7 @@ There is no daemon; commands meet at two kinds of lock, the registry's (millisec
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -115,9 +116,29 @@ class Registry:
         return tuple(sorted(int(name) for name in names if name.isdigit()))
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return every domain, in order of domid."""
-        found = (self._read(domid) for domid in self.domids())
-        return tuple(entry for entry in found if entry is not None)
+        """Return every domain, in order of domid.
+
+        Raises:
+            HostError: an entry is damaged. What it holds is not known, so nothing new may start beside it.
+        """
+        found, damaged = self.readable()
+        if damaged:
+            raise damaged[0]
+        return found
+
+    def readable(self) -> tuple[tuple[Entry, ...], tuple[HostError, ...]]:
+        """Return every domain that can be read, and what is wrong with the others: one must not hide the rest."""
+        found: list[Entry] = []
+        damaged: list[HostError] = []
+        for domid in self.domids():
+            try:
+                entry = self._read(domid)
+            except HostError as error:
+                damaged.append(error)
+                continue
+            if entry is not None:
+                found.append(entry)
+        return tuple(found), tuple(damaged)
 
     def find(self, name: str) -> Entry:
         """Return a domain by its name or domid.
@@ -125,13 +146,26 @@ class Registry:
         Raises:
             NotFoundError: there is none.
         """
-        entries = self.entries()
+        entries, damaged = self.readable()
         # A number is a domid before it is a name, whatever order they were made in: `destroy 7` ends domain 7.
         for key in ("domid", "name"):
             for entry in entries:
                 if name == str(getattr(entry, key)):
                     return entry
+        if damaged:
+            raise damaged[0]  # it may be the one
         raise NotFoundError(f"there is no domain {name!r}", fix="see depriv list")
+
+    def current(self, entry: Entry) -> Entry:
+        """Return an entry as it is now, its domain locked.
+
+        Raises:
+            NotFoundError: another command has ended the domain meanwhile.
+        """
+        now = self._read(entry.domid)
+        if now is None or (now.name, now.created_at_s) != (entry.name, entry.created_at_s):
+            raise NotFoundError(f"domain {entry.name} is gone: another command ended it", fix="see depriv list")
+        return now
 
     def next_domid(self) -> int:
         """Return the next free domid, counting up: one that was freed lately is not it.
@@ -155,10 +189,24 @@ class Registry:
             fix="destroy domains that are not needed, or wait a minute",
         )
 
-    def add(self, entry: Entry) -> None:
-        """Make a domain's folder and write its entry. The registry must be locked."""
-        os.mkdir(self.directory(entry.domid), 0o700)
-        self.save(entry)
+    def add(self, entry: Entry, held: contextlib.ExitStack) -> None:
+        """Make a domain's folder, lock it for as long as ``held``, write its entry. The registry must be locked.
+
+        In this order nobody can find the domain before it is locked.
+
+        Raises:
+            HostError: there is no room; nothing is left.
+        """
+        try:
+            os.mkdir(self.directory(entry.domid), 0o700)
+        except OSError as error:
+            raise HostError(f"cannot make {self.directory(entry.domid)}") from error
+        try:
+            held.enter_context(self.locked_domain(entry.domid))
+            self.save(entry)
+        except BaseException:
+            self._remove_folder(entry.domid)
+            raise
 
     def save(self, entry: Entry) -> None:
         """Replace a domain's entry: all of it or nothing."""
@@ -167,18 +215,31 @@ class Registry:
     def remove(self, domid: int) -> None:
         """Forget a domain, and remember when, so that its ids rest. The registry must be locked."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        history = {key: at for key, at in self._history().items() if now - at < REUSE_DELAY_S}
+        try:
+            history = {key: at for key, at in self._history().items() if now - at < REUSE_DELAY_S}
+        except HostError:
+            history = {}  # damaged: what else was freed lately is lost, but this domain has to go
         history[domid] = now
         _write(f"{self.folder}/history.json", json.dumps(history).encode())
+        self._remove_folder(domid)
+
+    def _remove_folder(self, domid: int) -> None:
         folder = self.directory(domid)
-        for name in os.listdir(folder):
-            os.unlink(f"{folder}/{name}")
-        os.rmdir(folder)
+        try:
+            for name in os.listdir(folder):
+                os.unlink(f"{folder}/{name}")
+            os.rmdir(folder)
+        except OSError as error:
+            raise HostError(f"cannot remove {folder}", fix="see what is in it; depriv puts only files there") from error
 
     def _history(self) -> dict[int, float]:
         """Return domid -> when it was freed, in seconds of the boot clock."""
         data = _load(f"{self.folder}/history.json")
-        return {int(key): float(at) for key, at in (data or {}).items()}
+        try:
+            return {int(key): float(at) for key, at in (data or {}).items()}
+        except (TypeError, ValueError) as error:
+            path = f"{self.folder}/history.json"
+            raise HostError(f"{path} is damaged", fix=f"wait a minute, then remove it: rm {path}") from error
 
     def _read(self, domid: int) -> Entry | None:
         """Return one entry; None if it was removed meanwhile or is only just being made."""
@@ -224,13 +285,19 @@ def _try_lock(fd: int) -> bool:
 def _write(path: str, data: bytes) -> None:
     """Write beside, sync, rename: a reader finds the old or the new, whole."""
     beside = f"{path}.{os.getpid()}"
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        os.write(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(beside, path)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise HostError(f"cannot write {path}", fix="see that there is room: df -h /run") from error
 
 
 def _load(path: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 
 from depriv.errors import HostError
 from depriv.qemu.cmdline import PRIVATE
@@ -94,7 +95,7 @@ def _is_current(launch: Launch) -> bool:
                 cause=f"its mode is {program.st_mode & 0o7777:04o}, it has to be 0111, owner root",
                 fix=f"find out who changed it, then: rm -r {launch.runtime}",
             )
-    except (FileNotFoundError, KeyError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, KeyError, ValueError):
         return False
     return True
 
@@ -103,6 +104,8 @@ def _check_owner(path: str) -> None:
     """Refuse a folder that somebody other than root made, or can write in, or the folders above it."""
     while True:
         have = os.lstat(path)
+        if stat.S_ISLNK(have.st_mode):
+            raise HostError(f"{path} is a symbolic link, which could come to lead elsewhere", fix=f"rm {path}")
         sticky = have.st_mode & 0o1000
         if have.st_uid != 0 or (have.st_mode & 0o022 and not sticky):
             raise HostError(

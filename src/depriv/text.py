@@ -33,6 +33,11 @@ def console_safe(data: bytes) -> str:
     return "\n".join(line if line.isprintable() else _escaped(line, keep="\t") for line in text.split("\n"))
 
 
+def one_line(text: str) -> str:
+    """Return all of ``text`` on one line, with every invisible character but tab as an escape."""
+    return text if text.isprintable() else _escaped(text, keep="\t")
+
+
 def _escaped(text: str, *, keep: str) -> str:
     """Return ``text`` with its invisible characters but those in ``keep`` as Python escapes."""
     return "".join(

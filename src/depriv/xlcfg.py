@@ -70,8 +70,6 @@ class Setting(Record):
 class GrammarError(ConfigError):
     """The text is not xl.cfg. ``others`` holds every further error found after this one, in order."""
 
-    others: tuple[ConfigError, ...] = ()
-
 
 def error_at(place: Place, what: str, *, fix: str = "", cause: str = "") -> ConfigError:
     """Return the error that points at ``place``."""
@@ -418,7 +416,11 @@ class _Parser:
         if not found:
             shown = word_here or character
             found = f"`{shown if shown.isprintable() else ascii(shown)[1:-1]}'"
-        return self.bad(at, f"found {found} instead of {wanted}", _remedy(character, word_before, word_here, key))
+        remedy = _remedy(character, word_before, word_here, key)
+        if not remedy and found.startswith("the end") and wanted.startswith("`='"):
+            alone = self.source.startswith("argument ")
+            remedy = f"write it as one word: {word_before}=VALUE" if alone else f"write {word_before} = VALUE"
+        return self.bad(at, f"found {found} instead of {wanted}", remedy)
 
 
 def _remedy(character: str, word_before: str, word_here: str, key: str) -> str:
@@ -428,7 +430,7 @@ def _remedy(character: str, word_before: str, word_here: str, key: str) -> str:
     if word_before in _PYTHON_WORDS or (character and character in "().+*%{}:@"):
         return _NOT_PYTHON
     if character == "-":
-        return f'quote a negative number: {key} = "-1"' if key else "keys have `_' where other tools have `-'"
+        return f'quote a negative number: {key} = "{word_here or "-1"}"' if key else "keys have `_' where other tools have `-'"
     if word_here:
         return f'quote it: {key} = "{word_here}"'
     if word_before[:1] in _DIGITS and character.isalpha():

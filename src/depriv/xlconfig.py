@@ -97,11 +97,11 @@ def load_domain(text: str | bytes, *, source: str, arguments: tuple[str, ...] = 
     )
 
 
-def _places(reader: _Reader, disks: tuple[Disk, ...]) -> tuple[tuple[str, int, int, str], ...]:
+def _places(reader: _Reader, disks: tuple[Disk, ...]) -> tuple[tuple[str, str, int, int, str], ...]:
     """Return where each key and each disk stands, for errors that only the host can show."""
     values = {key: setting.value for key, setting in reader.settings.items()}
     values |= {disk.vdev: value for disk, value in zip(disks, reader.items("disk"), strict=True)}
-    return tuple((key, value.place.line, value.place.column, value.place.text) for key, value in values.items())
+    return tuple((key, *value.place.as_dict().values()) for key, value in values.items())
 
 
 class _Reader:
@@ -115,7 +115,9 @@ class _Reader:
     def note(self, key: str, text: str, *, warning: bool = False) -> None:
         """Add a note on a key that is set."""
         place = self.settings[key].place
-        self.notes.append(Note(key=key, text=text, line=place.line, column=place.column, warning=warning))
+        self.notes.append(
+            Note(key=key, text=text, source=place.source, line=place.line, column=place.column, warning=warning)
+        )
 
     def bad(self, key: str, what: str, fix: str = "") -> ConfigError:
         """Return the error that points at the value of a key that is set."""

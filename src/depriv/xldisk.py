@@ -77,7 +77,10 @@ def parse_disk(value: Value, *, key: str = "disk") -> tuple[Disk, tuple[Note, ..
     """
     spec = _read(value, key)
     if not spec.vdev:
-        raise spec.bad(len(value.text), "no vdev", "say which disk of the guest it is: vdev=xvda")
+        fix = "say which disk of the guest it is: vdev=xvda"
+        if ",vdev=" in (spec.target or ""):
+            fix = "target= takes the rest of the string, vdev= included: write target= last"
+        raise spec.bad(len(value.text), "no vdev", fix)
     vdev = canonical_vdev(spec.vdev, place_in(value, spec.vdev_at))
     if spec.cdrom and not spec.target:
         if spec.format not in ("", "raw", "empty"):
@@ -305,7 +308,7 @@ def _named(  # noqa: C901, PLR0912 (one case per parameter)
         case "colo-host" | "colo-port" | "colo-export" | "active-disk" | "hidden-disk":
             raise spec.bad(at, f"{name}: {_NO_COLO}", "leave it out")
         case _:
-            fix = "a path with `=' or `,' in it goes last, as target=PATH"
+            fix = "known are vdev, format, access, devtype and, for the path, which goes last, target"
             raise spec.bad(at, f"unknown parameter `{shown(name)}'", fix)
 
 
@@ -352,7 +355,7 @@ def _set_vdev(spec: _Spec, at: int, said: str) -> None:
 def _set_format(spec: _Spec, at: int, said: str) -> None:
     """Take the format; nothing means raw."""
     if said not in _FORMATS:
-        fix = "it is raw or qcow2"
+        fix = "it is raw or qcow2 (qemu-img convert -O qcow2 OLD NEW makes one of others)"
         if spec.target and not spec.had_prefix:
             fix += "; without names the order is target, format, vdev, access"
         raise spec.bad(at, f"unknown format `{shown(said)}'", fix)

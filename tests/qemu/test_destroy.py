@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -147,3 +148,45 @@ def test_create_killed_at_any_moment_leaves_no_qemu_and_destroy_cleans_what_is_l
         assert after == before, seen
     print(seen)
     assert len(set(seen)) > 1, f"all kills came at the same stage: {seen}"
+
+
+def test_of_many_destroys_at_once_one_does_it_and_the_others_say_so(host: Toolstack, disk: Path) -> None:
+    host.create(Domain(name="web", disks=(Disk(vdev="xvda", target=str(disk)),)), paused=True)
+    guests_seen = [host.guest("web") for _ in range(4)]
+    said: list[str] = []
+
+    def end(guest: Guest) -> None:
+        try:
+            guest.destroy()
+            said.append("done")
+        except NotFoundError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=end, args=(guest,)) for guest in guests_seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert said.count("done") == 1
+    assert len(said) == len(guests_seen)
+    assert all("gone" in text for text in said if text != "done")
+    assert host.guests() == ()
+
+
+def test_domain_that_is_being_started_is_not_destroyed_under_the_start(host: Toolstack, disk: Path) -> None:
+    """The one waits for the other: the guest is complete and gone, never half of either."""
+    config = Domain(name="web", disks=(Disk(vdev="xvda", target=str(disk)),))
+    begun: list[Guest] = []
+
+    def start() -> None:
+        begun.append(host.create(config, paused=True))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not host.guests() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    host.guest("web").destroy()
+    thread.join(60)
+    assert len(begun) == 1
+    assert host.guests() == ()

@@ -114,7 +114,8 @@ class Ground:
         assert isinstance(act, steps.Execute)
         act = act.replace(argv=(*act.argv, *words))
         launch = launch.replace(plan=launch.plan.replace(steps=(*launch.plan.steps[:-1], act)))
-        self.registry.add(lifecycle._reserve(config, launch, domid))
+        with contextlib.ExitStack() as held:
+            self.registry.add(lifecycle._reserve(config, launch, domid), held)
         return launch
 
     def _stand_in(self, runtime: str) -> None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,6 @@ from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.identity import DOMID_FIRST, DOMID_LAST
 from depriv.registry import REUSE_DELAY_S, Entry, Registry
 from depriv.report import Expected, Grant, Limit
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 EXPECTED = Expected(
     domain="web",
@@ -34,6 +32,12 @@ EXPECTED = Expected(
     cgroup="/depriv/1",
     grants=(Grant(role="xvda", kind="file", dev=1, ino=2, access="rw", path="/a", locked=True),),
 )
+
+
+def add(registry: Registry, made: Entry) -> None:
+    """Make a domain and let go of its lock, as a start that is complete does."""
+    with contextlib.ExitStack() as held:
+        registry.add(made, held)
 
 
 def entry(name: str = "web", domid: int = 1, expected: Expected | None = None) -> Entry:
@@ -77,26 +81,26 @@ def history(registry: Registry, freed: dict[int, float]) -> None:
 @pytest.mark.parametrize("expected", [None, EXPECTED])
 def test_entry_is_read_as_it_was_written(registry: Registry, expected: Expected | None) -> None:
     made = entry(expected=expected)
-    registry.add(made)
+    add(registry, made)
     assert Registry(registry.folder).entries() == (made,)
     assert registry.find("web") == registry.find("1") == made
 
 
 def test_entries_come_in_order_of_domid(registry: Registry) -> None:
     for domid in (10, 9, 100, 1):
-        registry.add(entry(f"d{domid}", domid))
+        add(registry, entry(f"d{domid}", domid))
     assert [one.domid for one in registry.entries()] == [1, 9, 10, 100]
 
 
 def test_holding_says_what_planning_has_to_know(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     (found,) = registry.entries()
     holding = found.holding
     assert (holding.name, holding.uid, holding.images) == ("web", 5001, ((1, 2, 0, True), (0, 0, 7, False)))
 
 
 def test_domain_that_is_not_there_is_not_found(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     for name in ("we", "webb", "2", "", "01", "WEB", "../1"):
         with pytest.raises(NotFoundError, match="there is no domain"):
             registry.find(name)
@@ -104,8 +108,8 @@ def test_domain_that_is_not_there_is_not_found(registry: Registry) -> None:
 
 def test_number_is_a_domid_before_it_is_a_name(registry: Registry) -> None:
     # `destroy 7` must not end another domain because that one calls itself 7.
-    registry.add(entry("7", 1))
-    registry.add(entry("victim", 7))
+    add(registry, entry("7", 1))
+    add(registry, entry("victim", 7))
     assert registry.find("7").name == "victim"
 
 
@@ -117,7 +121,7 @@ def test_host_without_a_registry_has_no_domains(tmp_path: Path) -> None:
 
 
 def test_folders_and_files_are_roots_alone(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     for root, folders, files in os.walk(registry.folder):
         for name in folders:
             assert os.stat(f"{root}/{name}").st_mode & 0o7777 == 0o700
@@ -169,9 +173,9 @@ def test_file_in_place_of_the_folder_is_an_error_with_a_remedy(tmp_path: Path) -
 
 def test_domids_count_up_and_a_freed_one_rests(registry: Registry) -> None:
     assert registry.next_domid() == 1
-    registry.add(entry("a", 1))
+    add(registry, entry("a", 1))
     assert registry.next_domid() == 2
-    registry.add(entry("b", 2))
+    add(registry, entry("b", 2))
     registry.remove(1)
     registry.remove(2)
     assert registry.next_domid() == 3
@@ -180,7 +184,7 @@ def test_domids_count_up_and_a_freed_one_rests(registry: Registry) -> None:
 
 
 def test_removal_leaves_no_file_and_remembers_when(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     folder = registry.directory(1)
     for name in ("qmp", "log", "console", "lock"):
         with open(f"{folder}/{name}", "w", encoding="ascii"):
@@ -195,7 +199,7 @@ def test_removal_leaves_no_file_and_remembers_when(registry: Registry) -> None:
 
 def test_after_the_last_domid_comes_the_first_free_one(registry: Registry) -> None:
     history(registry, {DOMID_LAST: boottime()})
-    registry.add(entry("a", DOMID_FIRST))
+    add(registry, entry("a", DOMID_FIRST))
     assert registry.next_domid() == DOMID_FIRST + 1
 
 
@@ -203,7 +207,7 @@ def test_no_domid_comes_twice_within_the_rest(registry: Registry) -> None:
     now = boottime()
     history(registry, {domid: now for domid in range(DOMID_FIRST, DOMID_LAST + 1) if domid != 77})
     assert registry.next_domid() == 77
-    registry.add(entry("a", 77))
+    add(registry, entry("a", 77))
     with pytest.raises(PlanError, match="domids are in use, or were within the last 60 seconds") as caught:
         registry.next_domid()
     assert "wait a minute" in caught.value.fix
@@ -211,7 +215,7 @@ def test_no_domid_comes_twice_within_the_rest(registry: Registry) -> None:
 
 def test_history_does_not_grow_without_end(registry: Registry) -> None:
     history(registry, dict.fromkeys(range(1, 1000), boottime() - REUSE_DELAY_S - 1))
-    registry.add(entry("a", 1000))
+    add(registry, entry("a", 1000))
     registry.remove(1000)
     with open(f"{registry.folder}/history.json", encoding="ascii") as file:
         assert list(json.load(file)) == ["1000"]
@@ -225,7 +229,7 @@ def test_history_does_not_grow_without_end(registry: Registry) -> None:
     ["", "{", "nonsense", '{"version": 1}', '{"version": 2, "name": "x"}', '{"version": 1, "expected": null, "x": 1}'],
 )
 def test_damaged_entry_is_an_error_that_names_it(registry: Registry, text: str) -> None:
-    registry.add(entry())
+    add(registry, entry())
     with open(f"{registry.directory(1)}/state.json", "w", encoding="ascii") as file:
         file.write(text)
     with pytest.raises(HostError) as caught:
@@ -234,7 +238,7 @@ def test_damaged_entry_is_an_error_that_names_it(registry: Registry, text: str) 
 
 
 def test_link_in_place_of_an_entry_is_not_followed(registry: Registry, tmp_path: Path) -> None:
-    registry.add(entry())
+    add(registry, entry())
     path = f"{registry.directory(1)}/state.json"
     os.rename(path, tmp_path / "elsewhere.json")
     os.symlink(tmp_path / "elsewhere.json", path)
@@ -243,7 +247,7 @@ def test_link_in_place_of_an_entry_is_not_followed(registry: Registry, tmp_path:
 
 
 def test_fifo_in_place_of_an_entry_is_not_waited_for(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     path = f"{registry.directory(1)}/state.json"
     os.unlink(path)
     os.mkfifo(path)
@@ -301,8 +305,8 @@ def test_lock_is_free_again_after_an_error(registry: Registry) -> None:
 
 
 def test_domain_has_a_lock_of_its_own(registry: Registry) -> None:
-    registry.add(entry("a", 1))
-    registry.add(entry("b", 2))
+    add(registry, entry("a", 1))
+    add(registry, entry("b", 2))
     with registry.locked(), registry.locked_domain(1), registry.locked_domain(2):
         pass
     with pytest.raises(NotFoundError), registry.locked_domain(3):
@@ -310,13 +314,59 @@ def test_domain_has_a_lock_of_its_own(registry: Registry) -> None:
 
 
 def test_entry_is_replaced_whole_or_not_at_all(registry: Registry) -> None:
-    registry.add(entry())
+    add(registry, entry())
     registry.save(entry().replace(state="ending"))
     assert registry.find("web").state == "ending"
-    assert sorted(os.listdir(registry.directory(1))) == ["state.json"]
+    assert sorted(os.listdir(registry.directory(1))) == ["lock", "state.json"]
     os.chmod(registry.directory(1), 0o500)
     if os.geteuid() != 0:
         with pytest.raises(OSError, match="denied"):
             registry.save(entry())
     os.chmod(registry.directory(1), 0o700)
     assert registry.find("web").state == "ending"
+
+
+def test_damaged_entry_hides_no_other_but_lets_nothing_new_start(registry: Registry) -> None:
+    add(registry, entry("good", 1))
+    add(registry, entry("bad", 2))
+    Path(registry.directory(2), "state.json").write_bytes(b'{"version": 1, "name": "ba')
+    found, damaged = registry.readable()
+    assert [made.name for made in found] == ["good"]
+    assert "damaged" in damaged[0].what
+    assert registry.find("good").domid == 1
+    with pytest.raises(HostError, match="damaged"):
+        registry.entries()
+    with pytest.raises(HostError, match="damaged"):
+        registry.find("bad")
+
+
+def test_domain_that_another_command_ended_is_gone_even_if_its_name_is_back(registry: Registry) -> None:
+    first = entry("web", 1)
+    add(registry, first)
+    assert registry.current(first) == first
+    registry.remove(1)
+    with pytest.raises(NotFoundError, match="another command ended it"):
+        registry.current(first)
+    add(registry, first.replace(created_at_s=first.created_at_s + 1))
+    with pytest.raises(NotFoundError, match="another command ended it"):
+        registry.current(first)
+
+
+@pytest.mark.parametrize("text", ["[]", '["1"]', '{"x": 1}', '{"1": "y"}', "7", "{"])
+def test_damaged_history_stops_starts_but_no_end(registry: Registry, text: str) -> None:
+    add(registry, entry("web", 1))
+    Path(registry.folder, "history.json").write_text(text)
+    with pytest.raises(HostError, match="damaged"):
+        registry.next_domid()
+    registry.remove(1)
+    assert registry.next_domid() == 2
+
+
+def test_reservation_that_cannot_be_written_leaves_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(HostError, match="cannot write"):
+        add(registry, entry("web", 1))
+    assert registry.domids() == ()
