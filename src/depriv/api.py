@@ -123,6 +123,7 @@ class Toolstack:
         Raises:
             ConfigError, PlanError: it would not start, and why.
         """
+        _check_config(config)
         from depriv.detect import look  # noqa: PLC0415 (not on the path of list, console, audit)
 
         try:
@@ -160,6 +161,7 @@ class Toolstack:
         jail: Jail | None = None,
     ) -> Started:
         """Do what ``create`` does and return all there is to know of the start: audit and times."""
+        _check_config(config)
         return lifecycle.create(config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail)
 
     def guests(self) -> tuple[Guest, ...]:
@@ -177,6 +179,24 @@ class Toolstack:
             NotFoundError: there is none.
         """
         return Guest(self.registry.find(name), self.registry)
+
+
+def _check_config(config: object) -> None:
+    """Hold a program to what a file is held to: the options of QEMU that are harmless.
+
+    Raises:
+        ConfigError: an option is not one of them, or this is no ``Domain``.
+    """
+    from depriv.config import Domain  # noqa: PLC0415 (not on the path of list, console, audit)
+
+    if not isinstance(config, Domain):
+        raise ConfigError(f"{config!r} is no depriv.Domain", fix="give depriv.Domain(name=..., ...)")
+    if config.device_model_args and not config.source:
+        from depriv.xlargs import check_arguments  # noqa: PLC0415 (a file's have been checked)
+        from depriv.xlcfg import Value  # noqa: PLC0415 (as above)
+
+        items = tuple(Value(kind="string", text=word) for word in config.device_model_args)
+        check_arguments(items, "device_model_args")
 
 
 def audit_process(pid: int, host: Toolstack) -> AuditReport:
@@ -218,7 +238,7 @@ def load(path: str, arguments: tuple[str, ...] = ()) -> Domain:
     if len(text) > _CONFIG_BYTES_MAX:
         cause = f"it has {have.st_size} bytes, and a configuration at most {_CONFIG_BYTES_MAX}"
         raise ConfigError(f"cannot use {path}", cause=cause, fix=fix)
-    return load_domain(text, source=path, arguments=arguments)
+    return load_domain(text, source=str(path), arguments=arguments)
 
 
 __all__ = ["DeprivError", "Guest", "Row", "Toolstack", "audit_process", "load"]

@@ -64,7 +64,7 @@ def run() -> None:
 
 
 def _have_streams() -> None:
-    """See that descriptors 0 to 2 are open, or a file of ours would get their number, and that all text can be shown."""
+    """See that descriptors 0 to 2 are open, or files of ours would get their numbers; that all text can be shown."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -6,21 +6,64 @@ Files in xl.cfg(5)'s format become a ``Domain`` in :mod:`depriv.xlconfig`; a Pyt
 
 from __future__ import annotations
 
-from depriv.records import Record
+from depriv.errors import ConfigError
+from depriv.records import Record, cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 
-class Layer(Record):
+_KINDS = {"str": str, "int": int, "bool": bool}
+_NAME_MAX = 63
+_NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-"
+
+
+class Checked(Record):
+    """A record that a Python program fills in, and gets wrong as files are got wrong: with an error that says how."""
+
+    def validate(self) -> None:
+        """Refuse values of another type than declared: a ``dm_restrict="no"`` would be true."""
+        for name, kind in type(self).fields.items():
+            value: object = getattr(self, name)
+            if type(value) is not _KINDS.get(kind, tuple):
+                self.refuse(name, f"give {_KINDS[kind].__name__ if kind in _KINDS else kind}")
+            inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+            if isinstance(value, tuple) and inner.isidentifier():
+                items = cast("tuple[object, ...]", value)
+                if any(type(item).__name__ != inner for item in items):
+                    self.refuse(name, f"give {kind}")
+
+    def refuse(self, name: str, fix: str) -> None:
+        """Raise the error for a field."""
+        raise ConfigError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}", fix=fix)
+
+    def require_path(self, name: str) -> None:
+        """Refuse what is neither "" nor a path from the root."""
+        value: str = getattr(self, name)
+        if value and (value[0] != "/" or not value.isprintable()):
+            self.refuse(name, "give the whole path, from / on")
+
+    def require_one_of(self, name: str, words: tuple[str, ...]) -> None:
+        """Refuse any other word."""
+        if getattr(self, name) not in words:
+            self.refuse(name, "it is " + ", ".join(repr(word) for word in words))
+
+
+class Layer(Checked):
     """One file below a disk in its backing chain, as the configuration names it."""
 
     target: str  # absolute path
     format: str  # "raw" or "qcow2"
 
+    def validate(self) -> None:
+        """Refuse what no file could have said."""
+        super().validate()
+        self.require_path("target")
+        self.require_one_of("format", ("raw", "qcow2"))
 
-class Disk(Record):
+
+class Disk(Checked):
     """One disk or CD-ROM drive."""
 
     vdev: str  # canonical: "xvda", "hdc", "sdb", "d4p0" becomes its letter form
@@ -32,8 +75,18 @@ class Disk(Record):
     direct_io_safe: bool = False
     chain: tuple[Layer, ...] = ()  # what the image is based on, nearest first; empty: it stands alone
 
+    def validate(self) -> None:
+        """Refuse what no file could have said. Whether the machine has such a ``vdev`` is for planning to say."""
+        super().validate()
+        self.require_path("target")
+        self.require_one_of("format", ("raw", "qcow2", "empty"))
+        if self.vdev and not (self.vdev.isascii() and self.vdev.isalnum()):
+            self.refuse("vdev", 'give "xvda", "hda" or "sda", and so on')
+        if not self.target and not self.cdrom:
+            self.refuse("target", "give the image's path: only a CD-ROM drive may be empty")
 
-class Vif(Record):
+
+class Vif(Checked):
     """One network card as a vif specification asks for it."""
 
     mac: str = ""
@@ -63,7 +116,7 @@ class Note(Record):
     warning: bool = False  # False: for the record only (`check`, `plan`); True: printed at every start
 
 
-class Domain(Record):
+class Domain(Checked):
     """One guest. The defaults are the strict ones; nothing here is read from the host."""
 
     name: str
@@ -95,6 +148,26 @@ class Domain(Record):
     notes: tuple[Note, ...] = ()
     source: str = ""  # the file's name, for messages; "" for a Python program
     places: tuple[tuple[str, str, int, int, str], ...] = ()  # key or vdev, file, line, column, the line: for messages
+
+    def validate(self) -> None:
+        """Refuse what no file could have said, before it is asked of the host or put on QEMU's command line."""
+        super().validate()
+        if not 0 < len(self.name) <= _NAME_MAX or self.name.strip(_NAME_CHARACTERS) or self.name[0] in "-.":
+            self.refuse("name", f"give 1 to {_NAME_MAX} letters, digits and ._+-, the first not - or .")
+        for name in ("memory_mib", "vcpus"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "give at least 1")
+        for name in ("kernel", "ramdisk", "firmware", "device_model_override"):
+            self.require_path(name)
+        if not self.cmdline.isprintable():
+            self.refuse("cmdline", "remove the control characters")
+        if self.uuid.strip("0123456789abcdefABCDEF-"):
+            self.refuse("uuid", "write it as 6f1a3c7e-9f5b-4b8e-9c36-0d2f8a1b4c5d")
+        if self.boot.strip("cdn"):
+            self.refuse("boot", "the letters are c disk, d CD-ROM, n network")
+        self.require_one_of("accel", ("auto", "tcg", "kvm"))
+        self.require_one_of("type", ("hvm", "pv", "pvh"))
+        self.require_one_of("bios", ("", "seabios", "ovmf"))
 
     def place(self, key: str) -> dict[str, Any]:
         """Return where a key (or the disk with a vdev) stands in the file, as ``ConfigError`` takes it."""

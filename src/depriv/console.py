@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 
 from depriv.errors import HostError, MonitorError
@@ -33,18 +34,22 @@ class Console:
 
         Raises:
             MonitorError: QEMU does not answer, and nothing had been read from it before.
+            HostError: there is no room to keep what would be read. Nothing was taken out of QEMU.
         """
         kept = self._load()
-        self._reserve()
         try:
+            self._reserve()
             fresh = self._drain()
+            if fresh:
+                kept = (kept + fresh)[-CONSOLE_BYTES:]
+                self._save(kept)
         except MonitorError:
             if not kept:
                 raise
-            return kept  # QEMU is dead or hangs: what it said before is what there is
-        if fresh:
-            kept = (kept + fresh)[-CONSOLE_BYTES:]
-            self._save(kept)
+            # QEMU is dead or hangs: what it said before is what there is
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._saved}.new")
         return kept
 
     def _drain(self) -> bytes:

@@ -279,9 +279,8 @@ def _named_user(name: str, accounts: Accounts) -> User:
         raise PlanError(f"{key}: there is no such user", cause=f"getpwnam({name!r})", fix=_new_user_fix(name, accounts))
     if name in (RANGE_BASE, REAPER):
         raise PlanError(
-            f"{key}: that user kills device models, it must not run one"
-            if name == REAPER
-            else f"{key}: that user only marks where the range of domains' ids begins",
+            f"{key}: that user {'kills device models' if name == REAPER else 'marks where their ids begin'}, it must not "
+            "run one",
             fix="remove device_model_user to get an id of the range",
         )
     for kind, number in (("uid", user.uid), ("gid", user.gid)):
@@ -430,12 +429,18 @@ def _new_user_fix(name: str, accounts: Accounts) -> str:
 def _renumber_fix(user: User, accounts: Accounts) -> str:
     """Return the commands that give an existing user an id and a group of its own."""
     number = propose_id(accounts)
-    # A system user of somebody else's program owns files and runs daemons: to renumber it would break that.
-    if user.uid < 1000 or user.name == "nobody" or has_login(user) or not number:
+    if user.uid == 0 or user.name == "nobody" or has_login(user) or not number:
         return "name a user made for this domain, or remove device_model_user to get an id of the range"
     own = any(group.name == user.name for group in accounts.groups)
     group = "groupmod" if own else "groupadd"
-    return f"{group} --gid {number} {user.name} && usermod --uid {number} --gid {number} {user.name}"
+    commands = f"{group} --gid {number} {user.name} && usermod --uid {number} --gid {number} {user.name}"
+    if user.uid >= 1000:
+        return commands
+    # It may be a daemon's, which owns files by its number.
+    return (
+        "remove device_model_user to get an id of the range; or, if that user was made for this domain alone:\n"
+        f"{commands}"
+    )
 
 
 def _first_gap(accounts: Accounts, count: int) -> int:

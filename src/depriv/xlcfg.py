@@ -430,7 +430,11 @@ def _remedy(character: str, word_before: str, word_here: str, key: str) -> str:
     if word_before in _PYTHON_WORDS or (character and character in "().+*%{}:@"):
         return _NOT_PYTHON
     if character == "-":
-        return f'quote a negative number: {key} = "{word_here or "-1"}"' if key else "keys have `_' where other tools have `-'"
+        return (
+            f'quote a negative number: {key} = "{word_here or "-1"}"'
+            if key
+            else "keys have `_' where other tools have `-'"
+        )
     if word_here:
         return f'quote it: {key} = "{word_here}"'
     if word_before[:1] in _DIGITS and character.isalpha():

@@ -169,7 +169,8 @@ class CommandLine:
 
     def argv(self, *words: str) -> list[str]:
         """Return what runs ``depriv WORDS`` in the namespace."""
-        enter = ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "--"]
+        # The root, too: where the tests run in a chroot, it is not that of the namespace.
+        enter = ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", f"--root=/proc/{self.pid}/root", "--"]
         return [*enter, sys.executable, "-m", "depriv.cli", *words]
 
     def start(self, *words: str, **keywords: Any) -> subprocess.Popen[str]:

@@ -124,3 +124,15 @@ def test_text_of_an_error_is_what_it_was_made_with() -> None:
     error = PlanError("what", fix="fix", cause="cause")
     assert error.args == ("what",)
     assert (error.what, error.fix, error.cause) == ("what", "fix", "cause")
+
+
+def test_line_of_a_file_that_is_none_of_text_is_cut_around_its_mark() -> None:
+    error = ConfigError("bad", source="ls", line=1, column=5001, text="a" * 5000 + "!" + "b" * 5000)
+    _, shown, caret = render(error).splitlines()
+    assert len(shown) <= 202
+    assert shown[caret.index("^")] == "!"
+
+
+def test_no_part_of_an_error_drives_a_terminal_or_forges_a_line() -> None:
+    shown = render(HostError("a\x1b[2J\nerror: b", cause="c\rd\nlog\u202e", fix="e\x07\nf"))
+    assert shown == "error: a\\x1b[2J\\nerror: b\ncause: c\\rd\nlog\\u202e\n  fix: e\\x07\n       f"

@@ -172,7 +172,8 @@ def test_no_more_errors_than_a_page_are_kept() -> None:
         ("dm-restrict = 1", "write dm_restrict"),
         ("DM_Restrict = 1", "write dm_restrict"),
         ("name = web1", 'quote it: name = "web1"'),
-        ("rtc_timeoffset = -3600", "quote a negative number"),
+        ("memory", "write memory = VALUE"),
+        ("rtc_timeoffset = -3600", 'quote a negative number: rtc_timeoffset = "-3600"'),
         ("memory = 2G", "MiB"),
     ],
 )

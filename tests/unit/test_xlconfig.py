@@ -89,7 +89,7 @@ def test_a_file_as_found_in_the_wild_is_read() -> None:
     )
     assert warnings(found) == ["vnc", "vif"]
     assert [note.key for note in notes] == ["vnc", "vnclisten", "vncunused", "sdl", "usbdevice", "vif"]
-    assert notes[0] == Note(key="vnc", text=notes[0].text, line=13, column=1, warning=True)
+    assert notes[0] == Note(key="vnc", text=notes[0].text, source="d", line=13, column=1, warning=True)
 
 
 PV = 'name = "pv"\nkernel = "/boot/vmlinuz"\nextra = "ro quiet"\nroot = "/dev/xvda1"\nbootloader = "pygrub"\n'

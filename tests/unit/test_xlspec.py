@@ -147,6 +147,17 @@ def test_other_formats_are_refused_with_the_line_that_converts_them(form: str, k
     assert f"qemu-img convert -f {known_as} -O qcow2 '/srv/my disk.{form}' '/srv/my disk.qcow2'" in fix
 
 
+def test_a_vdev_that_the_target_has_eaten_is_told_from_none() -> None:
+    assert refuse("format=raw,target=/srv/a.img,vdev=xvda").fix == (
+        "target= takes the rest of the string, vdev= included: write target= last"
+    )
+    assert "vdev=xvda" in refuse("format=raw,target=/srv/a.img").fix
+
+
+def test_a_misspelt_parameter_is_answered_with_the_known_ones() -> None:
+    assert "access" in refuse("vdev=xvda,mode=rw,target=/a").fix
+
+
 def test_what_has_no_effect_on_a_disk_is_noted_with_the_reason() -> None:
     found, notes = parse_disk(value("backendtype=phy,vdev=xvdb,trusted,grant_usage=1,specification=xen,target=/dev/v"))
     assert found == Disk(vdev="xvdb", target="/dev/v")

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line where it needs neither root nor QEMU: what is mistyped, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = 'name = "web1"\ntype = "hvm"\n'
+
+
+def depriv(*words: str | bytes, shell: str = '"$@"', **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line; ``shell`` redirects it."""
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "depriv.cli", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **environ}
+    )
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    path = tmp_path / "good.cfg"
+    path.write_text(GOOD)
+    return str(path)
+
+
+def test_settings_are_not_called_required() -> None:
+    assert depriv("check").stderr.endswith("the following arguments are required: FILE\n")
+
+
+def test_check_tells_every_error_of_grammar_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "python.cfg"
+    path.write_text("import os\nname = 'a'\nmemory = True\nvcpus = 2y\n")
+    made = depriv("check", str(path))
+    assert made.returncode == 2
+    assert [line.split(":")[2] for line in made.stderr.splitlines() if line.startswith("error: ")] == ["1", "3", "4"]
+
+
+def test_what_an_argument_says_is_not_blamed_on_the_file(good: str) -> None:
+    assert "argument 1:1:1: warning: vpcus is unknown" in depriv("check", good, "vpcus=2").stdout
+    made = depriv("plan", good, 'disk=["/nonexistent/a.img,raw,xvda"]')
+    assert made.stderr.startswith("error: argument 1:1:7: cannot use /nonexistent/a.img for xvda\n")
+
+
+@pytest.mark.parametrize("shell", ['exec "$@" >/dev/full', 'exec "$@" 2>/dev/full >/dev/full'])
+@pytest.mark.parametrize("words", [("check",), ("--help",)])
+def test_answer_that_cannot_be_written_is_no_success_and_no_traceback(
+    shell: str, words: tuple[str, ...], good: str
+) -> None:
+    made = depriv(*words, good, shell=shell)
+    assert made.returncode == 125
+    assert "Traceback" not in made.stderr
+    assert made.stderr in ("", "error: the host refused\ncause: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str, good: str) -> None:
+    made = depriv("check", good, shell=f'exec "$@" {closed}')
+    assert (made.returncode, made.stderr) == (0, "")
+    wrong = depriv("nosuch", shell=f'exec "$@" {closed}')
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("name", ["é☃.cfg", os.fsdecode(b"\xff.cfg")])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_name_that_the_terminal_cannot_show_is_shown_with_escapes(name: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(GOOD)
+    made = depriv("check", os.fsencode(path), PYTHONIOENCODING=encoding)
+    assert (made.returncode, made.stderr) == (0, "")
+
+
+def test_name_of_a_file_drives_no_terminal() -> None:
+    made = depriv("check", "\x1b[31ma\nerror: b")
+    assert made.stderr.splitlines()[0] == r"error: cannot read \x1b[31ma\nerror: b"
+
+
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("/nonexistent", "No such file or directory"),
+        ("", "No such file or directory"),
+        ("/", "it is a directory, not a regular file"),
+        ("/dev/zero", "it is a device, pipe or socket, not a regular file"),
+    ],
+)
+def test_what_is_no_file_is_refused_as_such(path: str, cause: str) -> None:
+    made = depriv("check", path)
+    assert made.returncode == 2
+    assert (
+        made.stderr
+        == f"error: cannot read {path or repr(path)}\ncause: {cause}\n  fix: name the configuration's file\n"
+    )
+
+
+def test_size_of_a_file_that_is_too_large_is_the_true_one(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(3 << 20))
+    made = depriv("check", str(path))
+    assert made.returncode == 2
+    assert f"cause: it has {3 << 20} bytes" in made.stderr
+
+
+@pytest.mark.parametrize("pid", ["0", "-5"])
+def test_number_that_no_process_has_is_no_audit_that_failed(pid: str) -> None:
+    made = depriv("audit", "--pid", pid)
+    assert (made.returncode, made.stdout) == (2, "")
+    assert made.stderr.startswith(f"error: there is no process {pid}\n")
