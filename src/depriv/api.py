@@ -95,7 +95,10 @@ class Guest:
         from depriv.console import Console  # noqa: PLC0415 (not on the path of create)
 
         with self._registry.locked_domain(self._entry.domid):
-            return Console(self._registry.directory(self._entry.domid)).read()
+            return Console(
+                self._registry.directory(self._entry.domid),
+                lambda timeout_s: lifecycle.connect(self._entry, self._registry, timeout_s=timeout_s),
+            ).read()
 
     def destroy(self, jail: Jail | None = None) -> None:
         """End it and everything of it, verified. ``jail`` is one that was started ahead, to save its start-up time.

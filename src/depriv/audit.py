@@ -156,7 +156,7 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     grants = () if expected is None else expected.grants
     granted = {(grant.dev, grant.ino) for grant in grants}
     strange = tuple(fd for fd in fds if expected is not None and (fd.dev, fd.ino) not in granted)
-    accepted = _accepted(strange, grants)
+    accepted = _accepted(pid, strange, grants)
     gone = _closed_meanwhile(pid, {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)} - accepted)
     return _Facts(
         state=state,
@@ -175,17 +175,18 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     )
 
 
-def _accepted(strange: tuple[proc.OpenFd, ...], grants: tuple[Grant, ...]) -> frozenset[int]:
+def _accepted(pid: int, strange: tuple[proc.OpenFd, ...], grants: tuple[Grant, ...]) -> frozenset[int]:
     """Return the inodes of sockets that were accepted from a granted listening socket.
 
-    accept(2) makes a socket in the connecting side's network namespace (ours) with the listener's name. Source:
-    net/unix/af_unix.c, unix_stream_connect (Linux 6.1).
+    accept(2) makes a socket in the connecting side's network namespace with the listener's name. Source:
+    net/unix/af_unix.c, unix_stream_connect (Linux 6.1). Our side is made in the guest's (``Monitor.connect``), where
+    no user of the host can bind a name that looks like one of ours.
     """
     wanted = {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)}
     listeners = {grant.ino for grant in grants if grant.kind == "socket"}
     if not wanted or not listeners:
         return frozenset()
-    sockets = proc.unix_sockets()
+    sockets = proc.unix_sockets(pid)
     paths = {sockets[ino].path for ino in listeners if ino in sockets and sockets[ino].listening}
     return frozenset(
         ino for ino in wanted if ino in sockets and sockets[ino].path in paths and not sockets[ino].listening

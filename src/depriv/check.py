@@ -37,7 +37,20 @@ _ONCE_UNRESTRICTED = (
     steps.NoNewPrivs,
     steps.Execute,
 )
-_LIMITS = ("AS", "CORE", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RTPRIO", "SIGPENDING")
+_LIMITS = (
+    "AS",
+    "CORE",
+    "FSIZE",
+    "LOCKS",
+    "MEMLOCK",
+    "MSGQUEUE",
+    "NICE",
+    "NOFILE",
+    "NPROC",
+    "RTPRIO",
+    "SIGPENDING",
+    "STACK",
+)
 UID_MIN = 1000  # below are root and the system's users (login.defs SYS_UID_MAX)
 _NEVER_UIDS = (65534, 65535, 0xFFFFFFFE, 0xFFFFFFFF)  # nobody; (uid_t)-1 in 16 and 32 bits
 
@@ -137,7 +150,7 @@ def _check_execute(plan: Plan) -> None:
     if len(numbers) != len(set(numbers)) or not {0, 1, 2} <= set(numbers) or not in_range:
         raise ValueError("the descriptors are not distinct, or 0, 1 and 2 are not all given")
     execute = plan.steps[-1]
-    if isinstance(execute, steps.Execute) and (not execute.argv or execute.argv.count("-S") != 1):
+    if isinstance(execute, steps.Execute) and _options(execute.argv).count("-S") != 1:
         raise ValueError("QEMU has to start stopped: -S")
 
 
@@ -173,9 +186,14 @@ def _check_restricted(plan: Plan) -> None:
         raise ValueError("what is mounted in the root and what is detached after the start differ")
 
 
+def _options(argv: tuple[str, ...]) -> list[str]:
+    """Return QEMU's words but for the kernel's command line, which may look like any of them."""
+    return [word for before, word in zip(("", *argv), argv, strict=False) if before != "-append"]
+
+
 def _check_argv(argv: tuple[str, ...]) -> None:
     for option in ("-nodefaults", "-no-user-config", "-sandbox"):
-        if argv.count(option) != 1:
+        if _options(argv).count(option) != 1:
             raise ValueError(f"QEMU's command line has {option} exactly once")
     if argv[argv.index("-sandbox") + 1 : argv.index("-sandbox") + 2] != (SANDBOX,):
         raise ValueError("-sandbox has to deny every group")

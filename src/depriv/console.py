@@ -12,10 +12,16 @@ import base64
 import binascii
 import contextlib
 import os
+import time
 
 from depriv.errors import HostError, MonitorError
 from depriv.qemu.cmdline import CONSOLE_BYTES
-from depriv.qmp import Monitor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.qmp import Monitor
 
 _CHUNK = 256 * 1024
 _TIMEOUT_S = 5.0
@@ -24,10 +30,10 @@ _TIMEOUT_S = 5.0
 class Console:
     """The console of one domain; its lock must be held."""
 
-    def __init__(self, directory: str) -> None:
-        """Take the domain's folder."""
+    def __init__(self, directory: str, connect: Callable[[float], Monitor]) -> None:
+        """Take the domain's folder, and what connects to its QEMU within so many seconds."""
         self._saved = f"{directory}/console"
-        self._qmp = f"{directory}/qmp"
+        self._connect = connect
 
     def read(self) -> bytes:
         """Return all there is, oldest first.
@@ -48,17 +54,24 @@ class Console:
                 raise
             # QEMU is dead or hangs: what it said before is what there is
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # kept, it is gone already
                 os.unlink(f"{self._saved}.new")
         return kept
 
     def _drain(self) -> bytes:
-        """Take out what QEMU holds; at most once around the ring, however fast the guest writes on."""
+        """Take out what QEMU holds: at most once around the ring, and by one deadline, however it is dripped out."""
         fresh = b""
-        with Monitor.connect(self._qmp, timeout_s=_TIMEOUT_S) as monitor:
-            while len(fresh) < CONSOLE_BYTES:
+        deadline = time.monotonic() + _TIMEOUT_S
+        with self._connect(_TIMEOUT_S) as monitor:
+            for _ in range(2 * CONSOLE_BYTES // _CHUNK):
                 arguments: dict[str, object] = {"device": "console", "size": _CHUNK, "format": "base64"}
-                reply = monitor.execute("ringbuf-read", arguments, timeout_s=_TIMEOUT_S)
+                left_s = max(deadline - time.monotonic(), 0.001)
+                try:
+                    reply = monitor.execute("ringbuf-read", arguments, timeout_s=left_s)
+                except MonitorError:
+                    if not fresh:
+                        raise
+                    break  # what came before is the guest's word all the same
                 try:
                     chunk = base64.b64decode(reply if isinstance(reply, str) else "?", validate=True)
                 except binascii.Error as error:

@@ -9,11 +9,13 @@ import time
 
 from depriv.accounts import accounts_for
 from depriv.host import CACHE_DIR, STATE_DIR, FileFacts, Host, Program
+from depriv.proc import processes_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.config import Domain
     from depriv.host import Holding
+    from depriv.identity import Accounts
 
 _PROGRAMS = ("/usr/local/bin/qemu-system-x86_64", "/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 # Debian and Ubuntu; Fedora and RHEL; Arch. Code and variables in one file, as -bios takes it.
@@ -49,10 +51,12 @@ def look(
     program = find_program(config.device_model_override)
     dirs, links = root_layout(program.path)
     cgroup, version = find_cgroup()
+    accounts = accounts_for(device_model_user=config.device_model_user, domid=domid)
     return Host(
         root=os.geteuid() == 0,
         program=program,
-        accounts=accounts_for(device_model_user=config.device_model_user, domid=domid),
+        accounts=accounts,
+        strangers=_strangers(config.device_model_user, accounts),
         files=tuple(look_at(path) for path in dict.fromkeys(filter(None, paths))),
         holdings=holdings,
         domid=domid,
@@ -70,6 +74,12 @@ def look(
         state_dir=state_dir,
         cache_dir=cache_dir,
     )
+
+
+def _strangers(name: str, accounts: Accounts) -> tuple[int, ...]:
+    """Return the processes that run as a user by name; nobody runs as a uid of the range but a domain."""
+    uid = next((user.uid for user in accounts.users if user.name == name), 0) if name else 0
+    return tuple(process.pid for process in processes_of(uid=uid)) if uid else ()
 
 
 def find_program(override: str) -> Program:

@@ -31,28 +31,26 @@ def destroy(entry: Entry, registry: Registry, jail: Jail | None = None) -> None:
         NotFoundError: another command was faster.
         DeprivError: something of it still lives.
     """
-    with jail or Jail() as ready, registry.locked_domain(entry.domid):
-        entry = registry.current(entry)
+    with jail or Jail() as ready:
+        if entry.expected is not None:
+            # Before the lock: whoever holds it may be waiting for this very QEMU. A start is left to its end.
+            kill(entry)
+        with registry.locked_domain(entry.domid):
+            _destroy_locked(registry.current(entry), registry, ready)
+
+
+def _destroy_locked(entry: Entry, registry: Registry, ready: Jail) -> None:
+    with contextlib.suppress(HostError):  # a full /run must not keep a guest alive
         registry.save(entry.replace(state="ending"))
-        end_processes(entry, registry, ready)
-        with registry.locked():
-            registry.remove(entry.domid)
-            remove_cgroup_folder(entry.cgroup, registry)
+    end_processes(entry, registry, ready)
+    with registry.locked():
+        registry.remove(entry.domid)
+        remove_cgroup_folder(entry.cgroup, registry)
 
 
 def end_processes(entry: Entry, registry: Registry, jail: Jail) -> None:
     """Kill everything of a domain and see that it is gone, its cgroup included. ``jail`` is used up."""
-    pidfd = -1
-    if entry.expected is not None:
-        pidfd = _open_pidfd(entry.expected)
-    if pidfd >= 0:
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(pidfd)
-    kill_cgroup(entry.cgroup)
+    kill(entry)
     if entry.shared:
         _await_end_of_one(entry)
     else:
@@ -65,6 +63,21 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail) -> None:
         steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
         jail.reap(steps, timeout_s=END_TIMEOUT_S + 5)
     remove_cgroup(entry.cgroup)
+
+
+def kill(entry: Entry) -> None:
+    """Send SIGKILL to process 1 of a domain's pid namespace and to all of its cgroup; wait for nothing."""
+    pidfd = -1
+    if entry.expected is not None:
+        pidfd = _open_pidfd(entry.expected)
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+    kill_cgroup(entry.cgroup)
 
 
 def _open_pidfd(expected: Expected) -> int:
@@ -92,8 +105,12 @@ def _await_end_of_one(entry: Entry) -> None:
 def kill_cgroup(path: str) -> None:
     """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
     try:
-        with open(f"{path}/cgroup.kill", "w", encoding="ascii") as file:
-            file.write("1")
+        # Not open(): it would create the file where there is none, which cgroupfs refuses in another way.
+        fd = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"1")
+        finally:
+            os.close(fd)
         return
     except FileNotFoundError:
         pass
@@ -101,7 +118,8 @@ def kill_cgroup(path: str) -> None:
     while time.monotonic() < deadline:
         try:
             with open(f"{path}/cgroup.procs", encoding="ascii") as file:
-                pids = [int(line) for line in file]
+                # 0 stands for processes outside of our pid namespace, and kill(0) is ourselves.
+                pids = [int(line) for line in file if int(line) > 0]
         except FileNotFoundError:
             return
         if not pids:

@@ -61,6 +61,7 @@ class Host(Record):
     accounts: Accounts
     files: tuple[FileFacts, ...] = ()
     holdings: tuple[Holding, ...] = ()
+    strangers: tuple[int, ...] = ()  # processes of the user that device_model_user names, no domain's
     domid: int = 1  # the next free one
     memory_mib: int = 0  # total; 0: not known
     cpus: int = 1

@@ -278,9 +278,9 @@ def _named_user(name: str, accounts: Accounts) -> User:
     if user is None:
         raise PlanError(f"{key}: there is no such user", cause=f"getpwnam({name!r})", fix=_new_user_fix(name, accounts))
     if name in (RANGE_BASE, REAPER):
+        job = "kills device models" if name == REAPER else "marks where their ids begin"
         raise PlanError(
-            f"{key}: that user {'kills device models' if name == REAPER else 'marks where their ids begin'}, it must not "
-            "run one",
+            f"{key}: that user {job}, it must not run one",
             fix="remove device_model_user to get an id of the range",
         )
     for kind, number in (("uid", user.uid), ("gid", user.gid)):

@@ -95,8 +95,10 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
             times.append(("runtime", time.monotonic()))
             entry, report = _launch(launch, entry, registry, ready, paused=paused, times=times)
         except BaseException:
-            ready.__exit__()
-            _forget(entry, registry)
+            try:
+                ready.__exit__()
+            finally:
+                _forget(entry, registry)
             raise
     return Started(entry, report, launch, times)
 
@@ -179,7 +181,8 @@ def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
     from depriv.qmp import Monitor  # noqa: PLC0415 (imported while QEMU starts, which takes longer)
 
     try:
-        monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S)
+        netns_of = launched.pidfd if launch.plan.restricted else -1
+        monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S, netns_of=netns_of)
         try:
             if _status(monitor, QMP_TIMEOUT_S) != "prelaunch":
                 raise MonitorError("QEMU does not wait for the word to run the guest")  # noqa: TRY301 (one handler)
@@ -345,10 +348,8 @@ def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str
         return "starting" if begun == "running" else "dead"
     if proc.alive(entry.expected.pid, entry.expected.starttime) != "running":
         return "dead"
-    from depriv.qmp import Monitor  # noqa: PLC0415 (as in _await_prelaunch)
-
     try:
-        with Monitor.connect(f"{registry.directory(entry.domid)}/qmp", timeout_s=timeout_s) as monitor:
+        with connect(entry, registry, timeout_s=timeout_s) as monitor:
             said = _status(monitor, timeout_s)
     except MonitorError:
         return "hung"
@@ -362,6 +363,29 @@ def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str
         "io-error": "paused",
     }
     return known.get(said, "hung")
+
+
+def connect(entry: Entry, registry: Registry, *, timeout_s: float) -> Monitor:
+    """Return a connection to a domain's QEMU.
+
+    Raises:
+        MonitorError: it is dead, or does not behave by the deadline.
+    """
+    from depriv.qmp import Monitor  # noqa: PLC0415 (as in _await_prelaunch)
+
+    expected = entry.expected
+    try:
+        pidfd = os.pidfd_open(expected.pid) if expected else -1
+    except ProcessLookupError:
+        pidfd = -1
+    if expected is None or pidfd < 0:
+        raise MonitorError(f"domain {entry.name} has no QEMU", fix=f"depriv destroy {entry.name}")
+    with closing(pidfd):
+        # After the pidfd was opened: its number may have become another's before.
+        if proc.alive(expected.pid, expected.starttime) == "dead":
+            raise MonitorError(f"the QEMU of domain {entry.name} is dead", fix=f"depriv destroy {entry.name}")
+        path = f"{registry.directory(entry.domid)}/qmp"
+        return Monitor.connect(path, timeout_s=timeout_s, netns_of=pidfd if entry.restricted else -1)
 
 
 def _status(monitor: Monitor, timeout_s: float) -> str:

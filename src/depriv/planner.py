@@ -86,6 +86,12 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     accel = _accel(config, host)
     taken = tuple((other.name, other.uid, other.gid) for other in host.holdings)
     identity = choose(device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken)
+    if identity.how.startswith("user") and host.strangers:
+        raise PlanError(
+            f"device_model_user {config.device_model_user!r} has processes already: {_numbers(host.strangers)}",
+            cause="a uid is cleared before a device model gets it: they would be killed",
+            fix="name a user that nothing else runs as",
+        )
     warnings = [note.text for note in config.notes if note.warning]
     if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
         warnings.append(
@@ -96,7 +102,8 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     directory = f"{host.state_dir}/domains/{host.domid}"
     key = _runtime_key(config, host, accel)
     launch_key = f"{host.cache_dir}/runtime/{_digest(key)}"
-    shared = any(other.uid == identity.uid for other in host.holdings)
+    # Named as shared: whoever starts at the same moment has this uid, too. Nothing is ever killed by it.
+    shared = identity.how.startswith("shared")
     resources = _resources(config, host, chains=() if discover else chains, log_kib=512 if discover else LOG_KIB)
     if not shared:
         lock = f"{host.state_dir}/reaper.lock"
@@ -118,7 +125,8 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
         after: tuple[Step, ...] = (_empty(enclosed),)
     else:
         # Never root, no capability, killed whole: that much is not for sale. All else is off, as asked.
-        rest, after, enclosed = (BecomeInit(), DropCapabilities(), ids, NoNewPrivs(), act), (), ()
+        enclosed = (ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD),)
+        rest, after = (BecomeInit(), DropCapabilities(), ids, NoNewPrivs(), act), ()
         rest = _unrestricted(rest, config)
     made = Plan(
         domain=config.name,
@@ -128,7 +136,10 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
         steps=(*resources, *enclosed, *rest),
         after=after,
     )
-    check(made)
+    try:
+        check(made)
+    except ValueError as error:
+        raise PlanError("the configuration comes to a plan that no device model may have", cause=str(error)) from error
     return Launch(
         plan=made,
         identity=identity,
@@ -224,7 +235,6 @@ def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...],
             steps.append(
                 OpenFile(role=name, path=path, access="ro", kind="file", number=-1, dev=facts.dev, ino=facts.ino)
             )
-    steps.append(ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD))
     steps.append(MakeFifo(role="log", path=f"{directory}/log", numbers=(1, 2), size_kib=log_kib))
     steps.append(MakeCgroup(path=f"{host.cgroup_dir}/depriv/{host.domid}", version=host.cgroup_version))
     return tuple(steps)
@@ -236,6 +246,7 @@ def _enclose(  # noqa: PLR0913 (what a root is made of)
     """Namespaces and the private root. ``binds`` is the runtime folder; "" binds the host's own for a dry run."""
     steps: list[Step] = [
         Unshare(namespaces=NAMESPACES),
+        ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD),
         MakeRoot(mountpoint=directory, size_kib=64, inodes=32),
         MakeDir(path="/dev"),
         MakeNode(path="/dev/null", major=1, minor=3, mode=0o666, uid=0, gid=0),
@@ -298,18 +309,22 @@ def _limits(config: Domain, chains: tuple[storage.Chain, ...]) -> tuple[SetLimit
     """
     largest = max((file.size_max for chain in chains for file in chain if file.writable), default=0)
     threads = config.vcpus + 64 + 16
+    # Each request in flight is a coroutine with 1 MiB of stack (util/coroutine-ucontext.c), 256 to a queue, and
+    # virtio-blk has a queue per vCPU, each with an ioeventfd.
+    queues = config.vcpus * len(config.disks)
     values = {
-        "AS": (config.memory_mib + 1024 + 8 * threads + 8 * 128 + 1024) * _MIB,
+        "AS": (config.memory_mib + 1024 + 8 * threads + 8 * 128 + 1024 + 256 * queues) * _MIB,
         "CORE": 0,
         "FSIZE": max(largest, 4 * _MIB),
         "LOCKS": 0,
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
         "NICE": 0,
-        "NOFILE": 128 + 8 * sum(len(chain) for chain in chains),
+        "NOFILE": 128 + 8 * sum(len(chain) for chain in chains) + 2 * queues,
         "NPROC": threads,
         "RTPRIO": 0,
         "SIGPENDING": 64,
+        "STACK": 8 * _MIB,  # of each thread, too: glibc takes it for the default
     }
     return tuple(SetLimit(name=name, value=value) for name, value in values.items())
 
@@ -341,6 +356,11 @@ def _runtime_key(config: Domain, host: Host, accel: str) -> tuple[str, ...]:
         f"arguments {config.device_model_args!r}",
         f"dirs {host.root_dirs!r} {host.root_links!r}",
     )
+
+
+def _numbers(pids: tuple[int, ...]) -> str:
+    shown = " ".join(map(str, pids[:10]))
+    return f"{shown} and {len(pids) - 10} more" if len(pids) > 10 else shown
 
 
 def _digest(key: tuple[str, ...]) -> str:

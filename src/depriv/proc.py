@@ -352,15 +352,15 @@ def processes_of(
     return tuple(process for process in every if uid in process.uids or gid in process.gids)
 
 
-def unix_sockets() -> dict[int, UnixSocket]:
-    """Return inode -> socket with a path, of this process's network namespace. Source: proc_pid_net(5), unix.
+def unix_sockets(pid: int) -> dict[int, UnixSocket]:
+    """Return inode -> socket with a path, of a process's network namespace. Source: proc_pid_net(5), unix.
 
     Paths are printed raw, and a newline in one can forge a line: an inode that is named twice is left out.
     """
     found: dict[int, UnixSocket] = {}
     seen: set[int] = set()
     twice: set[int] = set()
-    for line in os.fsdecode(_read("/proc/self/net/unix")).split("\n"):
+    for line in os.fsdecode(_read(f"/proc/{pid}/net/unix")).split("\n"):
         words = line.split(None, 7)
         if len(words) < 7 or not words[6].isdecimal():
             continue

@@ -79,6 +79,7 @@ class Limits(Record):
 
 
 DEFAULT_LIMITS: Final = Limits()
+_CLONE_NEWNET: Final = 0x40000000  # <linux/sched.h>
 
 
 class Monitor:
@@ -98,14 +99,17 @@ class Monitor:
         self._recent: tuple[str, ...] = ()
 
     @classmethod
-    def connect(cls, path: str, *, timeout_s: float, limits: Limits = DEFAULT_LIMITS) -> Self:
+    def connect(cls, path: str, *, timeout_s: float, limits: Limits = DEFAULT_LIMITS, netns_of: int = -1) -> Self:
         """Return a monitor ready for commands, connected to the socket at ``path`` (of any length).
+
+        ``netns_of`` is a pidfd: our end is then made in that process's network namespace. The peer's end of a
+        connection belongs to the namespace that ours was made in, and shows it that namespace's interfaces.
 
         Raises:
             MonitorError: nobody listens, or the peer does not greet as QEMU does by the deadline; nothing is left open.
         """
         deadline = _deadline(timeout_s)
-        return cls._negotiated(_connected(path, deadline), deadline, limits)
+        return cls._negotiated(_connected(path, deadline, netns_of), deadline, limits)
 
     @classmethod
     def adopt(cls, sock: socket.socket, *, timeout_s: float, limits: Limits = DEFAULT_LIMITS) -> Self:
@@ -385,12 +389,12 @@ def _deadline(timeout_s: float) -> float:
     return monotonic() + timeout_s
 
 
-def _connected(path: str, deadline: float) -> socket.socket:
+def _connected(path: str, deadline: float, netns_of: int) -> socket.socket:
     """Return a socket connected to ``path`` by the deadline."""
     if not path or "\0" in path:
         raise ValueError("a monitor has a path, and no abstract name")
     where, fd = path, -1
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = _made_in(netns_of)
     try:
         sock.setblocking(False)
         if len(os.fsencode(path)) > MAX_PATH_BYTES:
@@ -411,6 +415,27 @@ def _connected(path: str, deadline: float) -> socket.socket:
         if fd >= 0:
             os.close(fd)
     return sock
+
+
+def _made_in(netns_of: int) -> socket.socket:
+    """Return a socket of the network namespace of the process with that pidfd; -1: of our own."""
+    if netns_of < 0:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    import ctypes  # noqa: PLC0415 (os.setns came with Python 3.12)
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(netns_of, _CLONE_NEWNET) < 0:
+            cause = os.strerror(ctypes.get_errno())
+            raise MonitorError("cannot enter QEMU's network namespace", cause=cause, fix=_ENDED)
+        try:
+            return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        finally:
+            if libc.setns(own, _CLONE_NEWNET) < 0:  # never seen; a thread in a guest's namespace must not go on
+                os.abort()
+    finally:
+        os.close(own)
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:

@@ -220,8 +220,8 @@ class Registry:
         except HostError:
             history = {}  # damaged: what else was freed lately is lost, but this domain has to go
         history[domid] = now
+        self._remove_folder(domid)  # first: on a full file system it makes the room for what follows
         _write(f"{self.folder}/history.json", json.dumps(history).encode())
-        self._remove_folder(domid)
 
     def _remove_folder(self, domid: int) -> None:
         folder = self.directory(domid)
@@ -313,14 +313,16 @@ def _load(path: str) -> dict[str, Any] | None:
     except PermissionError as error:
         raise HostError(f"cannot read {path}", fix="run this as root") from error
     except OSError as error:
-        raise HostError(f"cannot read {path}", fix=f"look at it, then remove it: rm {path}") from error
+        raise HostError(f"cannot read {path}", fix="see what it is: depriv puts only regular files there") from error
     try:
         data: object = json.loads(os.read(fd, _STATE_BYTES_MAX))
         if not isinstance(data, dict):
             raise ValueError("no object")  # noqa: TRY004, TRY301 (the file's content is wrong, one handler)
         return cast("dict[str, Any]", data)
     except (OSError, ValueError) as error:
-        raise HostError(f"{path} is damaged", fix=f"look at it, then remove it: rm {path}") from error
+        raise HostError(
+            f"{path} is damaged", fix="see what still runs of it (ps, systemd-cgls) before you remove it"
+        ) from error
     finally:
         os.close(fd)
 

@@ -64,7 +64,11 @@ def _locked(parent: str) -> Generator[None]:
     Two starts that each made a copy would pull it from under each other: one removes what the other's jail is binding.
     """
     try:
-        os.makedirs(parent, 0o755, exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.dirname(parent)), 0o755, exist_ok=True)
+        for folder in (os.path.dirname(parent), parent):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)
+                os.chmod(folder, 0o755)  # noqa: S103 (whatever the caller's umask: QEMU reads here)
         _check_owner(parent)
         fd = os.open(f"{parent}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -88,6 +92,8 @@ def _is_current(launch: Launch) -> bool:
             have = os.stat(path)
             if (have.st_size, have.st_mtime_ns, have.st_ino) != (size, mtime_ns, ino):
                 return False
+        if os.stat(launch.runtime).st_mode & 0o7777 != 0o755:
+            return False
         program = os.stat(launch.runtime + data["program"])
         if program.st_mode & 0o7777 != 0o111 or program.st_uid != 0:
             raise HostError(
@@ -150,6 +156,8 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
             sources.append(_copy(beside, path, mode=0o111 if number == 0 else 0o555))
         for name in {step.source.rpartition("/")[2] for step in launch.plan.steps if type(step).__name__ == "BindTree"}:  # type: ignore[union-attr]
             os.makedirs(f"{beside}/{name}", 0o755, exist_ok=True)
+        for folder, _folders, _files in os.walk(beside):
+            os.chmod(folder, 0o755)  # noqa: S103 (as above)
         data = {"version": _VERSION, "key": launch.runtime_key, "program": files[0], "sources": sources}
         with open(f"{beside}/{_MANIFEST}", "x", encoding="utf-8") as file:
             json.dump(data, file)
@@ -172,7 +180,8 @@ def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
     os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
     shutil.copyfile(real, target)
     os.chmod(target, mode)
-    return (real, have.st_size, have.st_mtime_ns, have.st_ino)
+    # The name it is opened by, not the real one: a link that leads elsewhere by now makes the copy stale.
+    return (path, have.st_size, have.st_mtime_ns, have.st_ino)
 
 
 def _remove_stale(parent: str) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import socket
 import sys
 import time
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail", "__main__.py")
 _CONTROL_FD = 3
+_END_TIMEOUT_S = 10.0
+_KILL_TIMEOUT_S = 5.0
 _MESSAGE_MAX = 65536
 
 
@@ -58,7 +62,11 @@ class Jail:
                 (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, theirs.fileno(), _CONTROL_FD),
             ],
+            # Its own process group: Ctrl-C is the toolstack's; the jail hears of it by the socket's end.
+            setpgroup=0,
             setsigmask=(),
+            # What the caller ignores must not be ignored by the jail (it waits for its children) nor by QEMU.
+            setsigdef=[number for number in range(1, 32) if number not in (9, 19)],  # KILL and STOP cannot be
         )
         theirs.close()
         self._buffer = b""
@@ -70,9 +78,9 @@ class Jail:
     def __exit__(self, *_exception: object) -> None:
         """Close the control socket: a jail that was not released kills what it started, and ends. Wait for that."""
         self._control.close()
-        if self._pid:
-            os.waitpid(self._pid, 0)
-            self._pid = 0
+        pid, self._pid = self._pid, 0
+        if pid:
+            _await_end(pid)
 
     def launch(self, plan: Plan, *, timeout_s: float) -> Launched:
         """Have a plan done up to QEMU's exec.
@@ -145,6 +153,29 @@ class Jail:
         return words
 
 
+def _await_end(pid: int) -> None:
+    """Wait for the jail's end; one that does not come (stopped, or in a file system that hangs) is killed.
+
+    Raises:
+        JailError: it does not even die then.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return  # a caller that ignores SIGCHLD has no zombies
+    try:
+        for timeout_s in (_END_TIMEOUT_S, _KILL_TIMEOUT_S):
+            if select.select([pidfd], (), (), timeout_s)[0]:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)  # our child, not waited for: the number is still its own
+    finally:
+        os.close(pidfd)
+    raise JailError(f"the jail, process {pid}, does not end", fix="see what it waits for: cat /proc/PID/stack")
+
+
 def _failure(step: str, errno: str, cause: str) -> JailError:
     return JailError(f"cannot {step}", cause=cause, fix=_fix(step, int(errno)), step=step, errno=int(errno))
 
@@ -159,6 +190,7 @@ _FIXES = {
     ("make cgroup", 17): "a cgroup of an earlier domain is left; end what runs in it, then: rmdir it",
     ("make cgroup", 30): "the cgroup file system is read-only; run this outside of the container",
     ("execute", 13): "see that everybody may enter the folders above it, and that they are not mounted noexec",
+    ("open", 16): "the host uses this device, or a part of it (mount, swap, LVM); give the guest one of its own",
     ("execute", 8): "it is not a program for this processor",
     ("kill every process", 16): "a process of this uid does not die (uninterruptible sleep?); look for it with ps -U",
     ("kill every process", 110): "wait for the other command to end",

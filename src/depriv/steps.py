@@ -43,7 +43,10 @@ class OpenFile(Record):
 
 
 class ListenUnix(Record):
-    """Bind and listen on a UNIX stream socket in a directory that only root can enter."""
+    """Bind and listen on a UNIX stream socket in a directory that only root can enter.
+
+    In the new network namespace: a socket shows the interfaces of the namespace it was made in, even this kind.
+    """
 
     role: str
     path: str
@@ -220,10 +223,10 @@ if TYPE_CHECKING:
 ALL: tuple[type[Record], ...] = (
     Reap,
     OpenFile,
-    ListenUnix,
     MakeFifo,
     MakeCgroup,
     Unshare,
+    ListenUnix,
     MakeRoot,
     MakeDir,
     MakeLink,

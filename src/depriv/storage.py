@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from depriv.host import FileFacts, Host
 
 _MIB = 1 << 20
+FILES_MAX = 90  # descriptors 10 to 99: see check.py
 
 
 class ImageFile(Record):
@@ -85,6 +86,14 @@ def chains(config: Domain, host: Host, warnings: list[str]) -> tuple[Chain, ...]
         _check_vdev(config, disk)
         result.append(_chain(config, host, disk, warnings) if disk.target else ())
     _check_shared(config, host, tuple(result))
+    files = sum(len(chain) for chain in result)
+    if files > FILES_MAX:
+        raise ConfigError(
+            f"the disks and what they are based on come to {files} files",
+            cause=f"a guest may have {FILES_MAX}",
+            fix="use fewer disks, or shorten the chains: qemu-img convert",
+            source=config.source,
+        )
     return tuple(result)
 
 

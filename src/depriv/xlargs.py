@@ -140,6 +140,8 @@ def _take_option(items: tuple[Value, ...], at: int, key: str, words: list[str]) 
     check = _ALLOWED[name]
     words.append("-" + name)
     if check is None:
+        if name in _ALWAYS:
+            words.pop()
         return 1
     if at + 1 == len(items) or items[at + 1].text.startswith("-"):
         raise error_at(item.place, f"{key}: -{name} lacks its value", fix="add the value as the next item")
@@ -252,6 +254,7 @@ def _uuid(text: str) -> str:
 
 
 # Option -> check of its value; None: it has none.
+_ALWAYS = ("nodefaults", "no-user-config")  # every command line has them; twice would be once too often
 _ALLOWED: dict[str, Callable[[str], str] | None] = {
     "cpu": _cpu,
     "device": _device,

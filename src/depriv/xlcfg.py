@@ -15,6 +15,7 @@ from depriv.records import Record
 MAX_CHARACTERS = 1 << 20  # a configuration is a page or two; more is a mistake (a disk image, a log)
 MAX_DEPTH = 32  # vnuma nests three lists; the parser recurses
 MAX_ERRORS = 100
+_KEY_MAX = 40  # characters of a word that may have been meant for a key
 
 _DIGITS = frozenset("0123456789")
 _LOWER = frozenset("abcdefghijklmnopqrstuvwxyz")
@@ -417,7 +418,7 @@ class _Parser:
             shown = word_here or character
             found = f"`{shown if shown.isprintable() else ascii(shown)[1:-1]}'"
         remedy = _remedy(character, word_before, word_here, key)
-        if not remedy and found.startswith("the end") and wanted.startswith("`='"):
+        if not remedy and len(word_before) <= _KEY_MAX and found.startswith("the end") and wanted.startswith("`='"):
             alone = self.source.startswith("argument ")
             remedy = f"write it as one word: {word_before}=VALUE" if alone else f"write {word_before} = VALUE"
         return self.bad(at, f"found {found} instead of {wanted}", remedy)

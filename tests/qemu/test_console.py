@@ -15,7 +15,7 @@ from tests.support.guests import await_console, await_end, stop
 
 from depriv import demo_guest
 from depriv.config import Disk, Domain
-from depriv.errors import DeprivError, MonitorError
+from depriv.errors import DeprivError, HostError, MonitorError
 from depriv.qemu.cmdline import CONSOLE_BYTES
 
 if TYPE_CHECKING:
@@ -130,3 +130,15 @@ def test_domain_without_a_serial_port_says_so(host: Toolstack) -> None:
     with pytest.raises(DeprivError) as caught:
         guest.console()
     assert not isinstance(caught.value, AssertionError)
+
+
+def test_nothing_is_taken_out_of_qemu_that_cannot_be_kept(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="talks", disks=(Disk(vdev="xvda", target=str(disk)),)))
+    time.sleep(1)
+    kept = f"{host.registry.directory(guest.domid)}/console.new"
+    os.mkdir(kept)  # as good as a full disk
+    with pytest.raises(HostError, match="cannot keep what the guest has said"):
+        guest.console()
+    os.rmdir(kept)
+    assert guest.console().decode().startswith(demo_guest.HELLO)
+    assert not os.path.exists(kept)

@@ -195,6 +195,14 @@ def test_cache_folder_of_somebody_else_is_not_used_in_the_first_place(host: Tool
     assert host.guests() == ()
 
 
+def test_cache_folder_that_is_a_link_is_called_one(host: Toolstack, cache: Path) -> None:
+    cache.symlink_to("/tmp")
+    with pytest.raises(HostError, match="is a symbolic link") as caught:
+        host.create(Domain(name="a"))
+    assert caught.value.fix == f"rm {cache}"
+    assert host.guests() == ()
+
+
 def test_four_first_starts_at_once_make_one_copy(host: Toolstack, cache: Path) -> None:
     failed: list[DeprivError] = []
 

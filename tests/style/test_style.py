@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-JAIL_LINES_MAX = 850
+# Two calls by hand instead of imports (docs/adr/0001), and the undoing of what a caller may hand down, are in it.
+JAIL_LINES_MAX = 900
 MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 

@@ -209,7 +209,7 @@ def test_every_limit_is_set_once(name: str) -> None:
     rest = tuple(step for step in PLAN.steps if not (isinstance(step, SetLimit) and step.name == name))
     assert name in refused(PLAN.replace(steps=rest))
     renamed = tuple(
-        step.replace(name="STACK") if isinstance(step, SetLimit) and step.name == name else step for step in PLAN.steps
+        step.replace(name="RSS") if isinstance(step, SetLimit) and step.name == name else step for step in PLAN.steps
     )
     assert name in refused(PLAN.replace(steps=renamed))
 

@@ -339,7 +339,7 @@ def test_a_listener_and_its_connections_are_told_apart(tmp_path: Path) -> None:
         client.connect(path)
         accepted, _ = listener.accept()
         with accepted:
-            found = proc.unix_sockets()
+            found = proc.unix_sockets(os.getpid())
             inodes = [os.fstat(each.fileno()).st_ino for each in (listener, accepted, client)]
     assert [(found[ino].path, found[ino].listening) for ino in inodes[:2]] == [(path, True), (path, False)]
     assert inodes[2] not in found
@@ -353,7 +353,7 @@ def test_a_line_forged_by_a_path_is_not_believed(tmp_path: Path, monkeypatch: py
             victim.bind("v")
         ino = os.fstat(victim.fileno()).st_ino
         forger.bind(f"f\n0: 2 0 00010000 1 1 {ino} x")
-        found = proc.unix_sockets()
+        found = proc.unix_sockets(os.getpid())
         assert ino not in found
         assert found[os.fstat(forger.fileno()).st_ino].path == "f"
 

@@ -46,7 +46,7 @@ def refuse(*words: str) -> ConfigError:
         ("-smbios", "type=1,serial=a,,path=b"),
         ("-rtc", "base=localtime,clock=vm,driftfix=slew"),
         ("-uuid", "6f1a3c7e-9f5b-4b8e-9c36-0d2f8a1b4c5d"),
-        ("-vga", "std", "-usb", "-usbdevice", "tablet", "-no-hpet", "-nodefaults", "-no-user-config"),
+        ("-vga", "std", "-usb", "-usbdevice", "tablet", "-no-hpet"),
     ],
 )
 def test_options_that_stay_within_the_guest_pass(words: tuple[str, ...]) -> None:
@@ -178,3 +178,8 @@ def test_what_passes_has_only_allowed_options(words: list[str]) -> None:
         return
     assert all(word[1:] in _ALLOWED for word in found if word.startswith("-"))
     assert not {"-runas", "-chroot", "-D", "vfio-pci"} & set(found) or "-cpu" in found
+
+
+@pytest.mark.parametrize("word", ["-nodefaults", "--no-user-config"])
+def test_options_that_every_command_line_has_are_taken_and_not_repeated(word: str) -> None:
+    assert passes(word) == ()

@@ -69,6 +69,8 @@ def _keep(fd: int, role: str, number: int, state: State) -> None:
 def open_file(step: steps.OpenFile, state: State) -> None:
     """Open without following a symbolic link and without waiting (a FIFO would), then look what it is."""
     access = {"ro": os.O_RDONLY, "rw": os.O_RDWR}[step.access]
+    if step.kind == "block" and step.access == "rw":
+        access |= os.O_EXCL  # fails where the host has it, or a part of it, mounted or claimed. See open(2)
     fd = os.open(step.path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
     have = os.fstat(fd)
     same_file = (step.dev, step.ino) in ((0, 0), (have.st_dev, have.st_ino))
@@ -219,6 +221,14 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
         sys.unshare(state.late_namespaces)
     os.setsid()
     os.umask(0o077)
+    # What the caller happened to have: real-time class, nice, no address randomisation, immunity to the OOM killer.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
+    sys.personality(0)
+    fd = os.open("self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=state.proc)
+    if int(os.read(fd, 8)) < 0:
+        os.write(fd, b"0")
+    os.close(fd)
 
 
 def set_limit(step: steps.SetLimit, _state: State) -> None:
@@ -266,6 +276,8 @@ def set_ids(step: steps.SetIds, _state: State) -> None:
     os.setresgid(step.gid, step.gid, step.gid)
     os.setresuid(step.uid, step.uid, step.uid)
     sys.capset_none()
+    # Root's session keyring came along: who possesses it reads its keys, whatever the uid. See session-keyring(7).
+    sys.join_new_session_keyring()
 
 
 def no_new_privs(_step: steps.NoNewPrivs, _state: State) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import stat
 import time
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PLAN_BYTES_MAX = 1 << 20
 _SIGKILL = 9
+_FILES = 1024
 
 
 class Failed(Exception):  # noqa: N818 (it is what the answer says)
@@ -50,6 +52,9 @@ def main(control: int) -> int:
     """Do the plan that comes in on ``control``. Return 0 only if it was done and released."""
     os.set_inheritable(control, False)
     os.environ.clear()
+    os.umask(0o022)  # modes are the plan's, not the caller's
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _FILES)), hard))
     try:
         text = read_plan(control)
         if not text:
@@ -69,6 +74,9 @@ def main(control: int) -> int:
             answer(control, ["done"])
     except Failed as failed:
         answer(control, ["failed", *failed.words()])
+        return 1
+    except OSError as error:
+        answer(control, ["failed", "prepare the jail", str(error.errno or 0), str(error)])
         return 1
     return 0
 
@@ -194,8 +202,10 @@ def granted(state: apply.State) -> list[str]:
 def wait_for_release(plan: steps.Plan, state: apply.State, control: int) -> None:
     """Close our copies of what QEMU got, then do what the toolstack asks, until it releases QEMU."""
     # Now, not at our end: an image lock belongs to the open file, and a copy here would keep it after QEMU's death.
-    for fd in set(state.opened.values()):
-        os.close(fd)
+    # But for the log: what QEMU says before it ends is lost with the FIFO's last descriptor.
+    for role, fd in state.opened.items():
+        if role != "log":
+            os.close(fd)
     while True:
         word = os.read(control, 1)
         if word == b"E":

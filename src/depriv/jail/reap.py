@@ -117,6 +117,8 @@ def living(uid: int) -> list[int]:
 
 
 def _thread_lives(pid: str, tid: str) -> bool:
-    with open(f"/proc/{pid}/task/{tid}/stat", "rb") as file:
-        state = file.read().rpartition(b") ")[2][:1]
-    return state not in b"ZX"
+    try:
+        with open(f"/proc/{pid}/task/{tid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] not in b"ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # this thread ended while we looked; the others are looked at

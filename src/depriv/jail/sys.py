@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys as python
 
@@ -48,6 +49,7 @@ _CLONE_INTO_CGROUP: Final = 0x200000000  # <linux/sched.h>
 _SIGCHLD: Final = 17
 _CLOSE_RANGE_CLOEXEC: Final = 4
 _UINT_MAX: Final = 0xFFFFFFFF
+_KEYCTL_JOIN_SESSION_KEYRING: Final = 1  # <linux/keyctl.h>
 _CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
 
 _AF_UNIX: Final = 1  # <linux/socket.h>
@@ -110,6 +112,19 @@ def sethostname(name: str) -> None:
 def prctl(option: int, value: int = 0, what: str = "prctl") -> None:
     """See prctl(2); the unused arguments are 0, as several options demand."""
     _check(_libc.prctl(option, value, 0, 0, 0), what)
+
+
+def personality(persona: int) -> None:
+    """See personality(2)."""
+    _check(_libc.personality(ctypes.c_ulong(persona)), "personality")
+
+
+def join_new_session_keyring() -> None:
+    """Leave the caller's session keyring for a new, empty one. See keyctl(2)."""
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    result = _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)
+    if result < 0 and ctypes.get_errno() != errno.ENOSYS:  # a kernel without keyrings has none to leave
+        _check(result, "keyctl")
 
 
 def capset_none() -> None:
