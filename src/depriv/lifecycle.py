@@ -80,6 +80,7 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
             raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
         registry.prepare()
         with registry.locked():
+            registry.sweep()
             domid = registry.next_domid()
             holdings = tuple(entry.holding for entry in registry.entries())
             host = look(config, domid=domid, holdings=holdings, state_dir=registry.folder, cache_dir=cache_dir)
@@ -207,7 +208,11 @@ def _refuse_lockless(log: Log) -> None:
 
 def _how_it_ended(launched: Launched) -> str:
     try:  # the jail is its parent and still has not waited: the number is nobody else's
-        state = proc.alive(launched.pid, proc.start_time(launched.pid))
+        begun = proc.start_time(launched.pid)
+        state = proc.alive(launched.pid, begun)
+        if state == "dead-leader":  # as every process with threads is for a moment when it ends
+            time.sleep(0.05)
+            state = proc.alive(launched.pid, begun)
     except ProcessLookupError:
         state = "dead"
     return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"

@@ -86,55 +86,20 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     accel = _accel(config, host)
     taken = tuple((other.name, other.uid, other.gid) for other in host.holdings)
     identity = choose(device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken)
-    if identity.how.startswith("user") and host.strangers:
-        raise PlanError(
-            f"device_model_user {config.device_model_user!r} has processes already: {_numbers(host.strangers)}",
-            cause="a uid is cleared before a device model gets it: they would be killed",
-            fix="name a user that nothing else runs as",
-        )
-    warnings = [note.text for note in config.notes if note.warning]
-    if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
-        warnings.append(
-            "dm_restrict = 0: QEMU keeps a uid of its own and no capability, but runs WITHOUT namespaces, empty root, "
-            "limits and sandbox"
-        )
+    _refuse_strangers(config, host, identity)
+    warnings = _warnings(config)
     chains = storage.chains(config, host, warnings)
-    directory = f"{host.state_dir}/domains/{host.domid}"
     key = _runtime_key(config, host, accel)
-    launch_key = f"{host.cache_dir}/runtime/{_digest(key)}"
-    # Named as shared: whoever starts at the same moment has this uid, too. Nothing is ever killed by it.
-    shared = identity.how.startswith("shared")
-    resources = _resources(config, host, chains=() if discover else chains, log_kib=512 if discover else LOG_KIB)
-    if not shared:
-        lock = f"{host.state_dir}/reaper.lock"
-        resources = (Reap(uid=identity.uid, reaper_uid=identity.reaper_uid, lock=lock), *resources)
+    runtime = f"{host.cache_dir}/runtime/{_digest(key)}"
     argv = command_line(
         config, program=host.program.path, accel=accel, images=_images(config, chains), discover=discover
     )
-    environ = ["LC_ALL=C", "MALLOC_ARENA_MAX=8", f"TZ={_time_zone(config, host)}"]
-    if discover:
-        environ.append("LD_DEBUG=files")
-    binds = "" if discover else launch_key
-    enclosed = _enclose(config, host, identity, accel=accel, binds=binds, directory=directory)
-    limits = _limits(config, chains)
-    act = Execute(path=host.program.path, argv=argv, environ=tuple(environ))
-    ids = SetIds(uid=identity.uid, gid=identity.gid)
-    if config.dm_restrict:
-        user = NewUser(uid=identity.uid, gid=identity.gid)
-        rest: tuple[Step, ...] = (BecomeInit(), *limits, user, DropCapabilities(), ids, NoNewPrivs(), act)
-        after: tuple[Step, ...] = (_empty(enclosed),)
-    else:
-        # Never root, no capability, killed whole: that much is not for sale. All else is off, as asked.
-        enclosed = (ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD),)
-        rest, after = (BecomeInit(), DropCapabilities(), ids, NoNewPrivs(), act), ()
-        rest = _unrestricted(rest, config)
-    made = Plan(
-        domain=config.name,
-        domid=host.domid,
-        restricted=config.dm_restrict,
-        shared=shared,
-        steps=(*resources, *enclosed, *rest),
-        after=after,
+    environ = ("LC_ALL=C", "MALLOC_ARENA_MAX=8", f"TZ={_time_zone(config, host)}")
+    act = Execute(path=host.program.path, argv=argv, environ=(*environ, "LD_DEBUG=files") if discover else environ)
+    resources = _resources(config, host, chains=() if discover else chains, log_kib=512 if discover else LOG_KIB)
+    enclosed = _enclose(config, host, identity, accel=accel, binds="" if discover else runtime)
+    made = _assemble(
+        config, host, identity, resources=resources, enclosed=enclosed, limits=_limits(config, chains), act=act
     )
     try:
         check(made)
@@ -144,13 +109,64 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
         plan=made,
         identity=identity,
         accel=accel,
-        directory=directory,
+        directory=_directory(host),
         cgroup=f"{host.cgroup_dir}/depriv/{host.domid}",
-        runtime=launch_key,
+        runtime=runtime,
         runtime_key=key,
         images=tuple(dict.fromkeys(file.hold for chain in chains for file in chain)),
         warnings=tuple(warnings),
     )
+
+
+def _directory(host: Host) -> str:
+    return f"{host.state_dir}/domains/{host.domid}"
+
+
+def _warnings(config: Domain) -> list[str]:
+    warnings = [note.text for note in config.notes if note.warning]
+    if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
+        warnings.append(
+            "dm_restrict = 0: QEMU keeps a uid of its own and no capability, but runs WITHOUT namespaces, empty root, "
+            "limits and sandbox"
+        )
+    return warnings
+
+
+def _assemble(  # noqa: PLR0913 (the parts of a plan)
+    config: Domain,
+    host: Host,
+    identity: Identity,
+    *,
+    resources: tuple[Step, ...],
+    enclosed: tuple[Step, ...],
+    limits: tuple[SetLimit, ...],
+    act: Execute,
+) -> Plan:
+    """Put the parts into the order that check.py holds every plan to."""
+    # Named as shared: whoever starts at the same moment has this uid, too. Nothing is ever killed by it.
+    shared = identity.how.startswith("shared")
+    reap = Reap(uid=identity.uid, reaper_uid=identity.reaper_uid, lock=f"{host.state_dir}/reaper.lock")
+    ids = SetIds(uid=identity.uid, gid=identity.gid)
+    if config.dm_restrict:
+        user = NewUser(uid=identity.uid, gid=identity.gid)
+        rest: tuple[Step, ...] = (BecomeInit(), *limits, user, DropCapabilities(), ids, NoNewPrivs(), act)
+        after: tuple[Step, ...] = (_empty(enclosed),)
+    else:
+        # Never root, no capability, killed whole: that much is not for sale. All else is off, as asked.
+        enclosed = (_listen(host),)
+        rest, after = (BecomeInit(), DropCapabilities(), ids, NoNewPrivs(), _unrestricted(act, config)), ()
+    return Plan(
+        domain=config.name,
+        domid=host.domid,
+        restricted=config.dm_restrict,
+        shared=shared,
+        steps=(*(() if shared else (reap,)), *resources, *enclosed, *rest),
+        after=after,
+    )
+
+
+def _listen(host: Host) -> ListenUnix:
+    return ListenUnix(role="qmp", path=f"{_directory(host)}/qmp", number=QMP_FD)
 
 
 def _check_domain(config: Domain, host: Host) -> None:
@@ -223,7 +239,6 @@ def _with_firmware(config: Domain, host: Host) -> Domain:
 
 def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...], log_kib: int) -> tuple[Step, ...]:
     """Everything that is opened while the host is visible."""
-    directory = f"{host.state_dir}/domains/{host.domid}"
     null = (1 << 8) | 3
     steps: list[Step] = [OpenFile(role="stdin", path="/dev/null", access="ro", kind="char", number=0, rdev=null)]
     files = [file for chain in chains for file in chain]
@@ -235,19 +250,17 @@ def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...],
             steps.append(
                 OpenFile(role=name, path=path, access="ro", kind="file", number=-1, dev=facts.dev, ino=facts.ino)
             )
-    steps.append(MakeFifo(role="log", path=f"{directory}/log", numbers=(1, 2), size_kib=log_kib))
+    steps.append(MakeFifo(role="log", path=f"{_directory(host)}/log", numbers=(1, 2), size_kib=log_kib))
     steps.append(MakeCgroup(path=f"{host.cgroup_dir}/depriv/{host.domid}", version=host.cgroup_version))
     return tuple(steps)
 
 
-def _enclose(  # noqa: PLR0913 (what a root is made of)
-    config: Domain, host: Host, identity: Identity, *, accel: str, binds: str, directory: str
-) -> tuple[Step, ...]:
+def _enclose(config: Domain, host: Host, identity: Identity, *, accel: str, binds: str) -> tuple[Step, ...]:
     """Namespaces and the private root. ``binds`` is the runtime folder; "" binds the host's own for a dry run."""
     steps: list[Step] = [
         Unshare(namespaces=NAMESPACES),
-        ListenUnix(role="qmp", path=f"{directory}/qmp", number=QMP_FD),
-        MakeRoot(mountpoint=directory, size_kib=64, inodes=32),
+        _listen(host),
+        MakeRoot(mountpoint=_directory(host), size_kib=64, inodes=32),
         MakeDir(path="/dev"),
         MakeNode(path="/dev/null", major=1, minor=3, mode=0o666, uid=0, gid=0),
     ]
@@ -287,16 +300,13 @@ def _empty(enclosed: tuple[Step, ...]) -> EmptyRoot:
     return EmptyRoot(detach=tuple(detach), remove=tuple(remove))
 
 
-def _unrestricted(rest: tuple[Step, ...], config: Domain) -> tuple[Step, ...]:
+def _unrestricted(act: Execute, config: Domain) -> Execute:
     """With dm_restrict=0 there is no private root: kernel, ramdisk and firmware are read where they lie."""
     replaced = {f"{PRIVATE}/{name}": getattr(config, name) for name in ("kernel", "ramdisk", "firmware")}
-    *before, act = rest
-    if not isinstance(act, Execute):  # pragma: no cover (a plan ends with it)
-        raise TypeError("a plan ends with Execute")
     words = list(act.argv)
     at = words.index("-sandbox")
     del words[at : at + 2]
-    return (*before, act.replace(argv=tuple(replaced.get(word, word) for word in words)))
+    return act.replace(argv=tuple(replaced.get(word, word) for word in words))
 
 
 def _limits(config: Domain, chains: tuple[storage.Chain, ...]) -> tuple[SetLimit, ...]:
@@ -361,6 +371,15 @@ def _runtime_key(config: Domain, host: Host, accel: str) -> tuple[str, ...]:
 def _numbers(pids: tuple[int, ...]) -> str:
     shown = " ".join(map(str, pids[:10]))
     return f"{shown} and {len(pids) - 10} more" if len(pids) > 10 else shown
+
+
+def _refuse_strangers(config: Domain, host: Host, identity: Identity) -> None:
+    if identity.how.startswith("user") and host.strangers:
+        raise PlanError(
+            f"device_model_user {config.device_model_user!r} has processes already: {_numbers(host.strangers)}",
+            cause="a uid is cleared before a device model gets it: they would be killed",
+            fix="name a user that nothing else runs as",
+        )
 
 
 def _digest(key: tuple[str, ...]) -> str:

@@ -113,7 +113,7 @@ class Registry:
             return ()
         except PermissionError as error:
             raise HostError(f"cannot read {self.folder}", fix="run this as root") from error
-        return tuple(sorted(int(name) for name in names if name.isdigit()))
+        return tuple(sorted(int(name) for name in names if name.isascii() and name.isdecimal()))
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every domain, in order of domid.
@@ -212,6 +212,15 @@ class Registry:
         """Replace a domain's entry: all of it or nothing."""
         _write(f"{self.directory(entry.domid)}/state.json", json.dumps(_encode(entry)).encode())
 
+    def sweep(self) -> None:
+        """Remove folders without an entry. The registry must be locked.
+
+        An entry is written under that lock: what has none was left by a start that was killed right there.
+        """
+        for domid in self.domids():
+            if not os.path.lexists(f"{self.directory(domid)}/state.json") and os.path.isdir(self.directory(domid)):
+                self._remove_folder(domid)
+
     def remove(self, domid: int) -> None:
         """Forget a domain, and remember when, so that its ids rest. The registry must be locked."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -244,7 +253,13 @@ class Registry:
     def _read(self, domid: int) -> Entry | None:
         """Return one entry; None if it was removed meanwhile or is only just being made."""
         data = _load(f"{self.directory(domid)}/state.json")
-        return _decode(data) if data else None
+        if data is None:
+            return None
+        try:
+            return _decode(data)
+        except HostError as error:
+            error.what = f"{self.directory(domid)}/state.json {error.what}"
+            raise
 
 
 @contextlib.contextmanager
@@ -319,7 +334,7 @@ def _load(path: str) -> dict[str, Any] | None:
         if not isinstance(data, dict):
             raise ValueError("no object")  # noqa: TRY004, TRY301 (the file's content is wrong, one handler)
         return cast("dict[str, Any]", data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HostError(
             f"{path} is damaged", fix="see what still runs of it (ps, systemd-cgls) before you remove it"
         ) from error
@@ -351,4 +366,5 @@ def _decode(data: dict[str, Any]) -> Entry:
         data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
         return Entry(**data, expected=expected)
     except (KeyError, TypeError, ValueError) as error:
-        raise HostError("the registry holds an entry that this version cannot read", cause=str(error)) from error
+        fix = "see what still runs of it, and which version of depriv wrote it"
+        raise HostError("cannot be read by this version", cause=repr(error), fix=fix) from error
