@@ -60,6 +60,9 @@ class _Facts(Record):
     cgroups: tuple[dict[str, str], ...]  # of each thread
     fds: tuple[proc.OpenFd, ...]
     accepted: frozenset[int]  # inodes of connections that came in through a granted listening socket
+    scheduling: frozenset[tuple[int, int]]  # policy and nice of each thread
+    personality: int
+    oom_score_adj: int
     held_elsewhere: frozenset[int]  # inodes of ungranted pipes that another process has open too
 
 
@@ -140,6 +143,7 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     spaces = {name: {ino} for name, ino in proc.namespaces(pid, first).items()}
     groups = [proc.cgroups(pid, first)]
     places = {proc.places(pid, first)}
+    scheduling = {proc.scheduling(pid, first)}
     drawn = proc.sketch(pid, first)
     for tid in rest:
         try:
@@ -147,6 +151,7 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
                 spaces.setdefault(name, set()).add(ino)
             groups.append(proc.cgroups(pid, tid))
             places.add(proc.places(pid, tid))
+            scheduling.add(proc.scheduling(pid, tid))
             # clone(2) without CLONE_FILES makes a thread with a table of its own.
             if proc.sketch(pid, tid) != drawn:
                 fds += tuple(fd for fd in proc.fds(pid, tid) if fd not in fds)
@@ -171,6 +176,9 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
         cgroups=tuple(groups),
         fds=tuple(fd for fd in fds if fd.ino not in gone or not stat.S_ISSOCK(fd.mode)),
         accepted=accepted,
+        scheduling=frozenset(scheduling),
+        personality=proc.personality(pid, first),
+        oom_score_adj=proc.oom_score_adj(pid),
         held_elsewhere=_held_elsewhere(pid, strange),
     )
 
@@ -261,6 +269,7 @@ def _judge(pid: int, facts: _Facts, expected: Expected | None, around: Survey) -
         yield _check("dm_restrict", "on", "off")
     yield from _ids(facts, expected)
     yield from _privileges(facts)
+    yield from _inherited(facts)
     if restricted:
         yield _seccomp(facts)
         yield _dumpable(facts)
@@ -308,6 +317,14 @@ def _privileges(facts: _Facts) -> Iterable[Check]:
     for name, field in CAPS:
         yield _of_all(f"caps.{name}", "0", (f"{int(status[f'Cap{field}'], 16):x}" for status in facts.threads))
     yield _of_all("no_new_privs", "1", (status["NoNewPrivs"] for status in facts.threads))
+
+
+def _inherited(facts: _Facts) -> Iterable[Check]:
+    """What whoever started it may have handed down: precedence over others, no address randomisation."""
+    classes = " or ".join(f"policy {policy} nice {nice}" for policy, nice in sorted(facts.scheduling))
+    yield _check("scheduling", "policy 0 nice 0", classes)
+    yield _check("personality", "0", f"{facts.personality:x}")
+    yield _check("oom_score_adj", "0 or more", str(facts.oom_score_adj), holds=facts.oom_score_adj >= 0)
 
 
 def _seccomp(facts: _Facts) -> Check:

@@ -129,6 +129,22 @@ def _stat(pid: int, tid: int | None = None) -> list[bytes]:
     return _read(_base(pid, tid) + "/stat").rpartition(b")")[2].split()
 
 
+def scheduling(pid: int, tid: int | None = None) -> tuple[int, int]:
+    """Return policy and nice value. Source: proc_pid_stat(5), fields 41 and 19."""
+    fields = _stat(pid, tid)
+    return int(fields[38]), int(fields[16])
+
+
+def personality(pid: int, tid: int | None = None) -> int:
+    """Return the execution domain and its flags. Source: proc_pid_personality(5)."""
+    return int(_read(_base(pid, tid) + "/personality"), 16)
+
+
+def oom_score_adj(pid: int) -> int:
+    """Return how the OOM killer is biased: below 0 spares it. Source: proc_pid_oom_score_adj(5)."""
+    return int(_read(f"/proc/{pid}/oom_score_adj"))
+
+
 def start_time(pid: int) -> int:
     """Return when the process started, in clock ticks since boot. Source: proc_pid_stat(5), field 22."""
     return int(_stat(pid)[19])

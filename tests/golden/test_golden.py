@@ -14,11 +14,12 @@ import pytest
 
 from depriv.check import check
 from depriv.codec import decode, encode
-from depriv.errors import DeprivError, render
+from depriv.config import Disk, Domain
+from depriv.errors import ConfigError, DeprivError, PlanError, render
 from depriv.host import FileFacts, Holding, Host, Program
-from depriv.identity import Accounts, Group, IdRange, User
-from depriv.planner import plan
-from depriv.steps import Execute, describe
+from depriv.identity import SHARED, Accounts, Group, IdRange, User
+from depriv.planner import plan, plan_discovery
+from depriv.steps import Execute, Reap, SetLimit, describe
 from depriv.xlconfig import load_domain
 
 if TYPE_CHECKING:
@@ -97,3 +98,89 @@ def test_the_same_facts_give_the_same_plan() -> None:
     text = (HERE / "cases/q35-disks.cfg").read_bytes()
     launches = [plan(load_domain(text, source="x"), read_host("debian12")) for _ in range(2)]
     assert encode(launches[0].plan) == encode(launches[1].plan)
+
+
+# What a review found
+
+
+def limits(*, disks: int, vcpus: int = 1, memory_mib: int = 128) -> dict[str, int]:
+    """Return name -> value of what is planned for a guest with so many disks."""
+    host = read_host("debian12")
+    files = tuple(FileFacts(path=f"/srv/{n}.img", kind="file", dev=1, ino=100 + n, size=1 << 20) for n in range(disks))
+    named = tuple(Disk(vdev=f"xvd{chr(ord('a') + n)}", target=file.path) for n, file in enumerate(files))
+    config = Domain(name="x", accel="tcg", vcpus=vcpus, memory_mib=memory_mib, disks=named)
+    made = plan(config, host.replace(files=files, memory_mib=1 << 20)).plan
+    return {step.name: step.value for step in made.steps if isinstance(step, SetLimit)}
+
+
+@pytest.mark.parametrize(("disks", "vcpus"), [(1, 1), (2, 8), (4, 4), (20, 16)])
+def test_address_space_holds_a_stack_for_each_request_that_a_guest_can_have_in_flight(disks: int, vcpus: int) -> None:
+    """Too small a limit lets a guest end its own QEMU: it aborts where it cannot map a coroutine's stack."""
+    without = limits(disks=0, vcpus=vcpus)["AS"]
+    assert limits(disks=disks, vcpus=vcpus)["AS"] - without >= disks * vcpus * 256 << 20
+
+
+@pytest.mark.parametrize(("disks", "vcpus"), [(1, 1), (2, 8), (20, 16)])
+def test_descriptors_suffice_for_each_queues_notifier(disks: int, vcpus: int) -> None:
+    without = limits(disks=0, vcpus=vcpus)["NOFILE"]
+    assert limits(disks=disks, vcpus=vcpus)["NOFILE"] - without >= disks * vcpus
+
+
+def test_limits_do_not_grow_with_what_a_guest_does_not_have() -> None:
+    assert limits(disks=0, vcpus=1)["AS"] == limits(disks=0, vcpus=2)["AS"] - (8 << 20)
+    assert limits(disks=1)["STACK"] == limits(disks=20, vcpus=16)["STACK"] == 8 << 20
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_shared_user_is_never_killed_by_uid_whoever_else_has_it_by_then(*, restricted: bool, others: int) -> None:
+    """Another start may come between this one's plan and its first step: the first of many reaps no more than others."""
+    host = read_host("debian12")
+    uid = next(user.uid for user in host.accounts.users if user.name == SHARED)
+    held = tuple(Holding(name=f"o{n}", domid=50 + n, uid=uid, gid=uid, images=()) for n in range(others))
+    config = Domain(name="x", accel="tcg", device_model_user=SHARED, dm_restrict=restricted)
+    for make in (plan, plan_discovery):
+        made = make(config, host.replace(holdings=held)).plan
+        assert made.shared
+        assert not [step for step in (*made.steps, *made.after) if isinstance(step, Reap)]
+
+
+@pytest.mark.parametrize("user", ["", "xen-qemuuser-web1"])
+def test_uid_that_is_one_domains_alone_is_cleared_before_it_gets_it(user: str) -> None:
+    config = Domain(name="x", accel="tcg", device_model_user=user)
+    made = plan(config, read_host("debian12")).plan
+    assert not made.shared
+    assert isinstance(made.steps[0], Reap)
+
+
+def test_user_that_runs_something_already_is_refused_with_the_processes() -> None:
+    config = Domain(name="x", accel="tcg", device_model_user="xen-qemuuser-web1")
+    host = read_host("debian12")
+    with pytest.raises(PlanError, match="has processes already: 4711 4712") as caught:
+        plan(config, host.replace(strangers=(4711, 4712)))
+    assert "they would be killed" in caught.value.cause
+    assert caught.value.fix
+    with pytest.raises(PlanError, match=r"99 and 40 more$"):
+        plan(config, host.replace(strangers=tuple(range(90, 140))))
+
+
+def test_kernels_command_line_may_look_like_an_option_of_qemu() -> None:
+    """Every word that has to be there exactly once; a second one only stands for the guest's kernel."""
+    host = read_host("debian12")
+    kernel = FileFacts(path="/boot/k", kind="file", dev=1, ino=2, size=1)
+    for text in ("-S", "-nodefaults", "-no-user-config", "-sandbox", "-append"):
+        config = Domain(name="x", accel="tcg", kernel="/boot/k", cmdline=text)
+        argv = plan(config, host.replace(files=(kernel,))).plan.steps[-1].as_dict()["argv"]
+        assert argv[argv.index("-append") + 1] == text
+
+
+def test_more_images_than_descriptors_are_the_configurations_fault() -> None:
+    host = read_host("debian12")
+    files = tuple(FileFacts(path=f"/srv/{n}", kind="file", dev=1, ino=9 + n, size=1 << 20) for n in range(104))
+    letters = [f"xvd{chr(97 + n)}" for n in range(26)] + [f"sd{chr(97 + n)}" for n in range(26)]
+    letters += [f"xvda{chr(97 + n)}" for n in range(26)] + [f"xvdb{chr(97 + n)}" for n in range(26)]
+    disks = tuple(Disk(vdev=name, target=file.path) for name, file in zip(letters, files, strict=True))
+    with pytest.raises(ConfigError) as caught:
+        plan(Domain(name="x", accel="tcg", disks=disks), host.replace(files=files))
+    assert caught.value.fix
+    assert caught.value.exit_status == 2

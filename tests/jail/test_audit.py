@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,7 @@ from depriv.audit import audit, survey
 from depriv.report import Expected, Grant, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from tests.jail.confine import UID, Recipe, compiled, subject
@@ -101,7 +102,19 @@ def test_everything_holds_for_a_confined_process(actor: Path) -> None:
         *(f"ids.{name}" for name in ("uid", "gid", "groups")),
         *(f"caps.{name}" for name in ("inheritable", "permitted", "effective", "bounding", "ambient")),
         *(f"limits.{name}" for name in ("CORE", "FSIZE", "NOFILE")),
-        *("no_new_privs", "seccomp", "dumpable", "root.empty", "root.readonly", "cwd", "fds.unknown", "fds.access"),
+        *(
+            "no_new_privs",
+            "scheduling",
+            "personality",
+            "oom_score_adj",
+            "seccomp",
+            "dumpable",
+            "root.empty",
+            "root.readonly",
+            "cwd",
+            "fds.unknown",
+            "fds.access",
+        ),
         *("environ", "cgroup", "alone", "alive"),
     }
 
@@ -403,3 +416,40 @@ def test_the_audit_imports_nothing_slow() -> None:
     source = os.path.dirname(os.path.dirname(proc.__file__))
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, source], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# What whoever started it may have handed down
+
+
+@pytest.mark.parametrize(
+    ("act", "check"),
+    [
+        (lambda pid: os.setpriority(os.PRIO_PROCESS, pid, -5), "scheduling"),
+        (lambda pid: os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1)), "scheduling"),
+        (lambda pid: os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0)), "scheduling"),
+    ],
+    ids=["nice", "fifo", "batch"],
+)
+def test_precedence_over_others_is_found(actor: Path, act: Callable[[int], None], check: str) -> None:
+    with subject(actor) as pid:
+        assert failing(audit(pid, expected=expect(pid))) == set()
+        act(pid)
+        assert failing(audit(pid, expected=expect(pid))) == {check}
+
+
+def test_layout_without_randomisation_is_found() -> None:
+    """Of an ordinary program: personality(2) is nothing that one process can set for another."""
+    argv = ["setarch", "-R", "sleep", "60"]
+    with subprocess.Popen(argv) as plain:
+        try:
+            deadline = time.monotonic() + 10
+            while have(audit(plain.pid, expected=None), "personality") == "0" and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert "personality" in failing(audit(plain.pid, expected=None))
+        finally:
+            plain.kill()
+    with subprocess.Popen(argv[2:]) as plain:
+        try:
+            assert "personality" not in failing(audit(plain.pid, expected=None))
+        finally:
+            plain.kill()

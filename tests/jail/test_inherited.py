@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.root
 KEY = b"secret-of-the-caller"
 JOIN_SESSION_KEYRING, SESSION_KEYRING = 1, -3  # <linux/keyctl.h>
 ADDR_NO_RANDOMIZE = 0x0040000  # <linux/personality.h>
+LIMITS = {"CPU": resource.RLIMIT_CPU, "DATA": resource.RLIMIT_DATA, "RTTIME": 15}  # <asm-generic/resource.h>
 ANSWERED = "accepted:"
 
 # Says which keys it can search and read, which interfaces its sockets show, and then the same of each connection.
@@ -130,13 +132,10 @@ def hold_a_key() -> None:
 # Keys
 
 
-@pytest.mark.parametrize("restricted", [True, False])
-def test_device_model_does_not_possess_the_callers_session_keyring(ground: Ground, *, restricted: bool) -> None:
-    """A possessor may read its keys, whatever its uid, and seccomp of QEMU does not forbid keyctl(2)."""
+def test_device_model_does_not_possess_the_callers_session_keyring(ground: Ground) -> None:
+    """A possessor may read its keys, whatever its uid."""
     ground.program = compiled(ground.folder, "probe", PROBE)
-    launch = ground.launch(restricted=restricted)
-    if not restricted:
-        ground.program.chmod(0o111)
+    launch = ground.launch()
 
     def start() -> str:
         hold_a_key()
@@ -225,7 +224,10 @@ def test_real_time_class_nice_personality_and_oom_score_of_the_caller_are_not_ha
         os.setpriority(os.PRIO_PROCESS, 0, -7)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         assert ctypes.CDLL(None).personality(ctypes.c_ulong(ADDR_NO_RANDOMIZE)) >= 0
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        with (  # where root lacks CAP_SYS_RESOURCE no caller can be immune
+            contextlib.suppress(PermissionError),
+            open("/proc/self/oom_score_adj", "w", encoding="ascii") as file,
+        ):
             file.write("-500")
         with running(launch) as started:
             words = [str(os.sched_getscheduler(started.pid)), str(os.getpriority(os.PRIO_PROCESS, started.pid))]
@@ -268,13 +270,13 @@ def test_stack_without_limit_is_not_handed_on(ground: Ground) -> None:
     ground.forget(launch)
 
 
-@pytest.mark.parametrize("name", ["CPU", "DATA", "RTTIME"])
+@pytest.mark.parametrize("name", sorted(LIMITS))
 def test_limit_of_the_caller_that_is_none_of_the_plans_does_not_end_the_guest(ground: Ground, name: str) -> None:
     """A shell's `ulimit -t` is meant for what is typed in it, not for a guest that runs for a year."""
     launch = ground.launch("--serve")
 
     def start() -> str:
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}", 15), (1 << 30, 1 << 31))
+        resource.setrlimit(LIMITS[name], (1 << 30, resource.RLIM_INFINITY))
         with running(launch) as started:
             return repr(proc.limits(started.pid)[name])
 
@@ -297,9 +299,8 @@ def test_umask_of_the_caller_changes_no_mode(ground: Ground) -> None:
     ground.forget(launch)
 
 
-def test_signals_that_the_caller_ignores_or_blocks_are_not_ignored_by_the_jail(ground: Ground) -> None:
+def test_signals_that_the_caller_ignores_or_blocks_are_not_ignored_by_the_jail() -> None:
     """With SIGCHLD ignored the jail would not learn how its children ended."""
-    launch = ground.launch("--serve")
     code = """
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
@@ -313,8 +314,8 @@ with Jail() as jail:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     status = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
     assert int(status["SigBlk"], 16) == 0
-    assert int(status["SigIgn"], 16) & 1 << 16 == 0  # SIGCHLD, 17
-    ground.forget(launch)
+    # Python itself ignores two.
+    assert int(status["SigIgn"], 16) & ~(1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1) & 0x7FFFFFFF == 0
 
 
 # The end of either
@@ -338,8 +339,8 @@ def test_jail_that_is_stopped_does_not_hold_the_toolstack_for_ever(ground: Groun
     before = ground.snapshot()
     jail = Jail()
     pid = jail._pid
-    os.kill(pid, 19)  # SIGSTOP
-    rescue = threading.Timer(40, os.kill, (pid, 18))  # SIGCONT: where this fails, it ends all the same
+    os.kill(pid, signal.SIGSTOP)
+    rescue = threading.Timer(40, os.kill, (pid, signal.SIGCONT))  # where this fails, it ends all the same
     rescue.start()
     begun = time.monotonic()
     with jail:

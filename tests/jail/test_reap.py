@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +24,7 @@ from depriv.check import check
 from depriv.steps import Plan, Reap
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
     from typing import Any
 
 pytestmark = pytest.mark.root
@@ -264,3 +266,83 @@ def test_process_that_cannot_die_in_time_is_named(apart: Any) -> None:
     # It may be caught in between two of them: then it is right to say that none was there.
     assert said[0] in ("EBUSY", 0)
     assert said[1] < 5
+
+
+def test_process_one_of_whose_threads_ends_while_it_is_looked_at_still_counts(apart: Any) -> None:
+    """The listing names a thread that is gone when its state is read: what the others are has to be asked, too."""
+    said = apart("""
+        target = start(A, wait)
+        before = living(A)
+        names = os.listdir
+        os.listdir = lambda path: [*(["99999999"] if str(path) == f"/proc/{target}/task" else []), *names(path)]
+        print(json.dumps([before == [target], living(A) == [target], living(B)]))
+    """)
+    assert said == [True, True, []]
+
+
+# By cgroup, where the kernel has no cgroup.kill
+
+
+def test_nought_in_a_list_of_processes_is_nobody_to_kill(apart: Any) -> None:
+    """So the kernel names processes outside of our pid namespace, and kill(0) is our own process group."""
+    said = apart("""
+        from depriv.ending import kill_cgroup
+        folder = sys.argv[2] + "/cgroup"
+        os.mkdir(folder)
+        with open(folder + "/cgroup.procs", "w") as file:
+            file.write("0")
+        caller = os.fork()
+        if caller == 0:
+            os.setsid()  # nobody else is in its group, whatever comes
+            assert os.getpgid(0) == os.getpid()
+            kill_cgroup(folder)
+            os._exit(7)
+        _, status = os.waitpid(caller, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), os.listdir(folder)]))
+    """)
+    assert said == [7, ["cgroup.procs"]]
+
+
+@pytest.fixture
+def old_cgroup() -> Iterator[str]:
+    """Return a new cgroup of version 1."""
+    host.need(os.path.isdir("/sys/fs/cgroup/pids"), what="cgroups of version 1")
+    path = f"/sys/fs/cgroup/pids/depriv-tests-{os.getpid()}"
+    os.mkdir(path)
+    yield path
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            os.rmdir(path)
+            break
+        except OSError:
+            assert time.monotonic() < deadline, path
+            time.sleep(0.01)
+
+
+def test_cgroup_of_version_1_is_killed_process_by_process(apart: Any, old_cgroup: str) -> None:
+    """There is no cgroup.kill, and it cannot be made; one process of the cgroup is outside and shows as 0."""
+    with subprocess.Popen(["sleep", "60"]) as outside:
+        Path(old_cgroup, "cgroup.procs").write_text(str(outside.pid))
+        said = apart(
+            """
+            from depriv.ending import kill_cgroup
+            inside = [start(A, wait) for _ in range(3)]
+            for pid in inside:
+                with open(sys.argv[3] + "/cgroup.procs", "w") as file:
+                    file.write(str(pid))
+            caller = os.fork()
+            if caller == 0:
+                os.setsid()
+                kill_cgroup(sys.argv[3])
+                os._exit(7)
+            _, status = os.waitpid(caller, 0)
+            print(json.dumps([os.waitstatus_to_exitcode(status), [ends(pid) for pid in inside]]))
+            """,
+            old_cgroup,
+        )
+        lives = outside.poll() is None
+        outside.kill()
+    assert said[0] == 7
+    assert said[1][:1] == [9]
+    assert lives

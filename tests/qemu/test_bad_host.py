@@ -284,3 +284,56 @@ def test_image_that_changes_after_it_was_planned_with_is_not_opened(
         jail.launch(launch.plan, timeout_s=10)
     assert caught.value.step == f"open {disk} rw (file) for xvda, as descriptor 10"
     assert os.listdir(launch.directory) == []
+
+
+def test_user_that_runs_something_is_no_device_models_and_nothing_of_it_is_killed(
+    on_host_with: Callable[[Callable[[list[str]], list[str]]], CommandLine], uids: range, tmp_path: Path
+) -> None:
+    uid = 91991  # nobody's: the host of this test alone knows the user
+    host = on_host_with(lambda lines: [*lines, f"svc:x:{uid}:{uid}::/:/usr/sbin/nologin\n"])
+    text = config_text("x", device_model_user="svc")
+    argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "sleep", "60"]
+    with subprocess.Popen(argv, cwd="/") as service:
+        deadline = time.monotonic() + 10
+        while service.pid not in living(range(uid, uid + 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        what, cause, fix = refused(host, uids, text, status=125, tmp_path=tmp_path)
+        assert service.poll() is None
+        service.kill()
+    assert what == f"device_model_user 'svc' has processes already: {service.pid}"
+    assert "they would be killed" in cause
+    assert fix
+    # Once it runs nothing any more, it may.
+    path = tmp_path / "svc.cfg"
+    path.write_text(text)
+    host.run("create", str(path))
+    (row,) = host.rows()
+    assert row["uid"] == uid
+    host.run("destroy", "x")
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.5])
+def test_qemu_that_ends_at_once_is_quoted_however_late_the_toolstack_looks(
+    depriv: CommandLine, uids: range, *, tmp_path: Path, late_s: float
+) -> None:
+    """What it printed goes with the FIFO's last descriptor, which was QEMU's own."""
+    text = config_text("x", device_model_args=["-cpu", "nosuch"])
+    path = tmp_path / "x.cfg"
+    path.write_text(text)
+    if not late_s:
+        _, cause, _ = refused(depriv, uids, text, status=125, tmp_path=tmp_path)
+        assert "nosuch" in cause
+        return
+    command = depriv.start("create", str(path))
+    deadline = time.monotonic() + 20
+    while not living(uids):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    command.send_signal(signal.SIGSTOP)
+    time.sleep(late_s)
+    command.send_signal(signal.SIGCONT)
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == 125
+    assert "nosuch" in said
+    assert living(uids) == ()

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import signal
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -19,6 +22,7 @@ from depriv.errors import DeprivError, HostError, MonitorError
 from depriv.qemu.cmdline import CONSOLE_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from depriv.api import Guest, Toolstack
@@ -142,3 +146,75 @@ def test_nothing_is_taken_out_of_qemu_that_cannot_be_kept(host: Toolstack, disk:
     os.rmdir(kept)
     assert guest.console().decode().startswith(demo_guest.HELLO)
     assert not os.path.exists(kept)
+
+
+@contextlib.contextmanager
+def dripping(folder: str) -> Iterator[None]:
+    """Put a peer in QEMU's place that hands out its console one byte in 0.9 s: a MiB of it would take days."""
+    os.rename(f"{folder}/qmp", f"{folder}/qmp.real")
+    listener = socket.socket(socket.AF_UNIX)
+    os.chdir(folder)  # the path may be longer than an address
+    try:
+        listener.bind("qmp")
+    finally:
+        os.chdir("/")
+    listener.listen(8)
+
+    def answer(sock: socket.socket) -> None:
+        with sock, sock.makefile("rb") as lines, contextlib.suppress(OSError):
+            sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\n')
+            for line in lines:
+                asked = json.loads(line)
+                if asked["execute"] == "ringbuf-read":
+                    time.sleep(0.9)
+                said = "QQ==" if asked["execute"] == "ringbuf-read" else {}
+                sock.sendall(json.dumps({"return": said, "id": asked["id"]}).encode() + b"\n")
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{folder}/qmp.real", f"{folder}/qmp")
+
+
+def test_qemu_that_drips_its_console_is_heard_for_five_seconds_in_all(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="drips", disks=(Disk(vdev="xvda", target=str(disk)),)), paused=True)
+    with dripping(host.registry.directory(guest.domid)):
+        began = time.monotonic()
+        said = b""
+        with contextlib.suppress(MonitorError):
+            said = guest.console()
+        assert time.monotonic() - began < 8
+        assert said.strip(b"A") == b""
+    guest.destroy()
+
+
+def test_domain_whose_console_is_being_dripped_out_can_be_destroyed_meanwhile(host: Toolstack, disk: Path) -> None:
+    guest = host.create(Domain(name="drips", disks=(Disk(vdev="xvda", target=str(disk)),)), paused=True)
+    pid = guest.row().pid
+
+    def read() -> None:
+        with contextlib.suppress(DeprivError):
+            guest.console()
+
+    with dripping(host.registry.directory(guest.domid)):
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(1)
+        began = time.monotonic()
+        host.guest("drips").destroy()
+        assert time.monotonic() - began < 10  # the lock of a domain is waited for as long
+        assert await_end(pid, within_s=0.1)
+        assert host.guests() == ()
+        reader.join(20)
+        assert not reader.is_alive()

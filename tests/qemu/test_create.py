@@ -14,7 +14,8 @@ from tests.support.host import need
 
 from depriv import demo_guest
 from depriv.config import Disk, Domain, Layer
-from depriv.errors import ConfigError, DeprivError
+from depriv.errors import ConfigError, DeprivError, JailError
+from depriv.lifecycle import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -284,3 +285,80 @@ def test_name_and_disk_are_free_again_after_destroy(host: Toolstack, disk: Path)
         guest.destroy()
         assert demo_guest.boots(disk.read_bytes()) == count
     assert len(uids) == 3, "a uid came back at once"
+
+
+def test_qemu_with_as_many_requests_in_flight_as_its_queues_hold_lives_on(host: Toolstack, tmp_path: Path) -> None:
+    """Each is a coroutine with a stack of its own: QEMU aborts where it cannot map one (RLIMIT_AS)."""
+    disks: list[Disk] = []
+    for name in ("xvda", "xvdb"):
+        path = tmp_path / name
+        path.write_bytes(bytes(1 << 20))
+        disks.append(Disk(vdev=name, target=str(path)))
+    guest = host.create(Domain(name="busy", vcpus=8, disks=tuple(disks)), paused=True)
+    backends = [f"/machine/peripheral/{disk.vdev}/virtio-backend" for disk in disks]
+    none = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)
+    with connect(host.registry.find("busy"), host.registry, timeout_s=10) as monitor:
+        for backend in backends:  # one request per second: all others wait
+            monitor.execute("block_set_io_throttle", {"id": backend, "iops": 1, **none}, timeout_s=10)
+        for number in range(2100):
+            line = f'qemu-io -d {backends[number % 2]} "aio_read -q 0 512"'
+            monitor.execute("human-monitor-command", {"command-line": line}, timeout_s=10)
+        with open(f"/proc/{guest.row().pid}/status", encoding="ascii") as file:
+            size_kib = next(int(line.split()[1]) for line in file if line.startswith("VmSize"))
+    assert size_kib > 2100 * 1024, "they do not wait: this proves nothing"
+    assert guest.row().state == "paused"
+    holds(guest)
+    guest.destroy()
+
+
+# Holds the file system mounted, where nobody else sees it, until its input ends.
+_MOUNT = 'mount "$1" "$2" && echo && cat'
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[str]:
+    """Return a block device that the host has mounted, in another mount namespace than ours."""
+    image, point = tmp_path / "fs.img", tmp_path / "point"
+    image.write_bytes(bytes(4 << 20))
+    point.mkdir()
+    subprocess.run(["mkfs.ext2", "-q", str(image)], check=True, timeout=30)
+    argv = ["losetup", "--find", "--show", str(image)]
+    device = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _MOUNT, "sh", device, str(point)]
+    try:
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"\n", "not mounted"
+            yield device
+            assert holder.stdin is not None
+            holder.stdin.close()
+            holder.wait(10)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True, timeout=30)
+
+
+def test_block_device_that_the_host_has_mounted_is_not_opened_for_writing(host: Toolstack, mounted: str) -> None:
+    """Two writers of one file system destroy it, and the kernel of the host would parse what a guest wrote."""
+    with pytest.raises(JailError) as caught:
+        host.create(Domain(name="takes", disks=(Disk(vdev="xvda", target=mounted),)))
+    assert caught.value.step.startswith(f"open {mounted} rw (block) for xvda")
+    assert "busy" in caught.value.cause.lower()
+    assert "the host uses this device" in caught.value.fix
+    assert host.guests() == ()
+    # Reading it is no danger to the host.
+    guest = host.create(Domain(name="reads", disks=(Disk(vdev="xvda", target=mounted, readonly=True, discard=False),)))
+    holds(guest)
+    guest.destroy()
+
+
+def test_block_device_that_nobody_uses_is_a_disk(host: Toolstack, disk: Path) -> None:
+    """Else the test above would prove nothing."""
+    argv = ["losetup", "--find", "--show", str(disk)]
+    device = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    try:
+        guest = host.create(Domain(name="takes", disks=(Disk(vdev="xvda", target=device),)))
+        assert READ in await_console(guest, demo_guest.WRITE_OK)
+        holds(guest)
+        guest.destroy()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True, timeout=30)

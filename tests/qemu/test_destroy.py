@@ -7,8 +7,10 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,8 +21,6 @@ from depriv.config import Disk, Domain
 from depriv.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.guests import CommandLine
 
     from depriv.api import Guest, Toolstack
@@ -190,3 +190,45 @@ def test_domain_that_is_being_started_is_not_destroyed_under_the_start(host: Too
     thread.join(60)
     assert len(begun) == 1
     assert host.guests() == ()
+
+
+def fill(folder: str) -> None:
+    """Leave no page free in a file system."""
+    fd = os.open(f"{folder}/fill", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            while True:
+                os.write(fd, bytes(4096))
+    finally:
+        os.close(fd)
+
+
+def test_domain_is_destroyed_on_a_file_system_that_is_full(
+    depriv: CommandLine, disk: Path, tmp_path: Path, uids: range
+) -> None:
+    path = tmp_path / "web.cfg"
+    path.write_text(config_text("web", f"vdev=xvda,format=raw,access=rw,target={disk}"))
+    enter = ["nsenter", f"--mount=/proc/{depriv.pid}/ns/mnt", f"--root=/proc/{depriv.pid}/root"]
+    remount = [*enter, "mount", "-o", "remount,size=96k", "/run/depriv"]
+    subprocess.run(remount, check=True, timeout=30)
+    depriv.run("create", str(path))
+    fill(depriv.state_dir)
+    depriv.run("destroy", "web")
+    assert living(uids) == ()
+    assert os.listdir(f"{depriv.state_dir}/domains") == []
+    # All that is left is whole: the next start can read it, once there is room.
+    assert depriv.rows() == []
+    refused = subprocess.run(depriv.argv("create", str(path)), check=False, capture_output=True, text=True, timeout=60)
+    if refused.returncode == 0:
+        depriv.run("destroy", "web")
+    else:
+        assert refused.returncode == 125
+        assert "Traceback" not in refused.stderr
+        assert depriv.rows() == []
+        assert os.listdir(f"{depriv.state_dir}/domains") == []
+    Path(f"{depriv.state_dir}/fill").unlink()
+    depriv.run("create", str(path))
+    depriv.run("audit", "web")
+    depriv.run("destroy", "web")
+    left = {name for name in os.listdir(depriv.state_dir) if name not in ("domains", "lock", "reaper.lock")}
+    assert left == {"history.json"}

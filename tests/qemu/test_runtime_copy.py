@@ -241,3 +241,27 @@ def test_nothing_of_the_copy_is_left_in_a_running_guests_root(host: Toolstack) -
 def test_toolstack_touches_nothing_before_it_is_asked(tmp_path: Path) -> None:
     Toolstack(state_dir=str(tmp_path / "state"), cache_dir=str(tmp_path / "cache"))
     assert os.listdir(tmp_path) == []
+
+
+def test_link_that_leads_elsewhere_by_now_makes_a_new_copy(host: Toolstack, cache: Path, tmp_path: Path) -> None:
+    """An upgrade may leave the old library in place and move the link by which the linker finds it."""
+    lives(host.create(Domain(name="a")))
+    (folder,) = folders(cache)
+    manifest = folder / "manifest.json"
+    data = json.loads(manifest.read_text())
+    # Libraries are watched under the names that they are opened by, and most of these are links.
+    assert any(os.path.islink(path) for path, *_ in data["sources"])
+    for name in ("libx.so.1.1", "libx.so.1.2"):
+        (tmp_path / name).write_text("as long as the other")
+        os.utime(tmp_path / name, ns=(1, 1))
+    link = tmp_path / "libx.so.1"
+    link.symlink_to("libx.so.1.1")
+    have = link.stat()
+    data["sources"].append([str(link), have.st_size, have.st_mtime_ns, have.st_ino])
+    manifest.write_text(json.dumps(data))
+    lives(host.create(Domain(name="a")))
+    assert json.loads(manifest.read_text()) == data  # nothing has changed so far
+    link.unlink()
+    link.symlink_to("libx.so.1.2")
+    lives(host.create(Domain(name="a")))
+    assert str(link) not in {path for path, *_ in json.loads(manifest.read_text())["sources"]}
