@@ -134,7 +134,7 @@ def test_limits_do_not_grow_with_what_a_guest_does_not_have() -> None:
 @pytest.mark.parametrize("restricted", [True, False])
 @pytest.mark.parametrize("others", [0, 1, 2])
 def test_shared_user_is_never_killed_by_uid_whoever_else_has_it_by_then(*, restricted: bool, others: int) -> None:
-    """Another start may come between this one's plan and its first step: the first of many reaps no more than others."""
+    """Another start may come between this one's plan and its first step: the first reaps no more than the last."""
     host = read_host("debian12")
     uid = next(user.uid for user in host.accounts.users if user.name == SHARED)
     held = tuple(Holding(name=f"o{n}", domid=50 + n, uid=uid, gid=uid, images=()) for n in range(others))

@@ -208,7 +208,7 @@ def test_domain_whose_console_is_being_dripped_out_can_be_destroyed_meanwhile(ho
             guest.console()
 
     with dripping(host.registry.directory(guest.domid)):
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         time.sleep(1)
         began = time.monotonic()

@@ -196,9 +196,11 @@ def fill(folder: str) -> None:
     """Leave no page free in a file system."""
     fd = os.open(f"{folder}/fill", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        free = os.statvfs(folder).f_bfree
+        for _ in range(free):
+            os.write(fd, bytes(4096))
         with pytest.raises(OSError, match="No space left on device"):
-            while True:
-                os.write(fd, bytes(4096))
+            os.write(fd, bytes(4096))
     finally:
         os.close(fd)
 

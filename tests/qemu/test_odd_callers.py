@@ -91,10 +91,6 @@ def test_caller_that_ignores_signals_gets_all_commands_done(depriv: CommandLine,
     works(depriv, config, ("env", *(f"--ignore-signal={name}" for name in ignored.split(","))))
 
 
-def test_caller_that_blocks_signals_gets_all_commands_done(depriv: CommandLine, config: str) -> None:
-    works(depriv, config, ("env", "--block-signal"))
-
-
 def test_ctrl_c_at_any_moment_leaves_a_whole_guest_or_none_and_no_traceback(
     depriv: CommandLine, config: str, uids: range
 ) -> None:
