@@ -161,6 +161,7 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
         data = {"version": _VERSION, "key": launch.runtime_key, "program": files[0], "sources": sources}
         with open(f"{beside}/{_MANIFEST}", "x", encoding="utf-8") as file:
             json.dump(data, file)
+            os.fchmod(file.fileno(), 0o644)  # it decides whether the copy is stale: nobody else's to write
         _remove_stale(parent)
         shutil.rmtree(launch.runtime, ignore_errors=True)
         os.rename(beside, launch.runtime)

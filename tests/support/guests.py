@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.host import snapshot
 
+from depriv import lifecycle
 from depriv.api import Toolstack
 from depriv.errors import DeprivError
-from depriv.qmp import Monitor
 from depriv.text import console_safe
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def await_state(guest: Guest, wanted: str, *, within_s: float = PATIENCE_S) -> N
 
 def qmp(host: Toolstack, guest: Guest, command: str, **arguments: object) -> Any:
     """Return QEMU's answer to one command."""
-    with Monitor.connect(f"{host.registry.directory(guest.domid)}/qmp", timeout_s=10) as monitor:
+    entry = host.registry.find(str(guest.domid))
+    with lifecycle.connect(entry, host.registry, timeout_s=10) as monitor:
         return monitor.execute(command, arguments, timeout_s=60)
 
 

@@ -229,6 +229,9 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
     if int(os.read(fd, 8)) < 0:
         os.write(fd, b"0")
     os.close(fd)
+    for number in (resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_RSS, 15):  # 15: RTTIME
+        hard = resource.getrlimit(number)[1]
+        resource.setrlimit(number, (hard, hard))  # none of the plan's: they would end a guest after a while
 
 
 def set_limit(step: steps.SetLimit, _state: State) -> None:
