@@ -213,6 +213,7 @@ def create(arguments: argparse.Namespace) -> int:
     """Start a domain. The jail's interpreter starts while this one still reads the configuration."""
     from depriv.spawn import Jail
 
+    begun_s = _begun()
     times = [("arguments", time.monotonic())]
     with Jail() as jail:
         from depriv.api import Toolstack
@@ -227,14 +228,23 @@ def create(arguments: argparse.Namespace) -> int:
         f"{entry.name}: domid {entry.domid}, uid {entry.uid}, {'paused' if arguments.paused else 'running'}; "
         f"{held} of {len(started.report.checks)} checks hold"
     )
-    if os.environ.get("DEPRIV_TIMES"):
+    if begun_s:
         from depriv.report import times_text
 
-        # The value is when the caller executed us, on the same clock; 1 is long ago and says so.
-        begun = [("exec", float(os.environ["DEPRIV_TIMES"])), ("interpreter", _BEGAN), *times]
+        begun = [("exec", begun_s), ("interpreter", _BEGAN), *times]
         ended = ("jail gone", time.monotonic())
         print(times_text([*begun, *started.times[1:], ended]), file=sys.stderr)
     return 0
+
+
+def _begun() -> float:
+    """Return when the caller executed us, on the monotonic clock, if it wants to know the times; 0 if not."""
+    text = os.environ.get("DEPRIV_TIMES", "")
+    try:
+        return float(text) if text else 0.0
+    except ValueError:
+        fix = "set it to the moment of exec on CLOCK_MONOTONIC, or to 1"
+        raise ConfigError(f"DEPRIV_TIMES is no number: {text!r}", fix=fix) from None
 
 
 def show_list(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from depriv import cli
+from depriv.errors import ConfigError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -113,3 +116,11 @@ def test_number_that_no_process_has_is_no_audit_that_failed(pid: str) -> None:
     made = depriv("audit", "--pid", pid)
     assert (made.returncode, made.stdout) == (2, "")
     assert made.stderr.startswith(f"error: there is no process {pid}\n")
+
+
+def test_times_are_wanted_by_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPRIV_TIMES", "yes")
+    with pytest.raises(ConfigError, match="DEPRIV_TIMES"):
+        cli._begun()
+    monkeypatch.setenv("DEPRIV_TIMES", "1.5")
+    assert cli._begun() == 1.5
