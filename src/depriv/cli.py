@@ -53,7 +53,7 @@ def run() -> None:
     """Be the program: run, flush, and leave without taking the interpreter apart, which takes longer than an audit."""
     _have_streams()
     try:
-        status = main()
+        status = _main_without_exit()
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:
@@ -61,6 +61,14 @@ def run() -> None:
     except OSError:  # standard error cannot be written, and there is nobody else to tell
         status = HostError.exit_status
     os._exit(status)
+
+
+def _main_without_exit() -> int:
+    """Return the status even where argparse, which prints help and errors of usage itself, would leave."""
+    try:
+        return main()
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else ConfigError.exit_status
 
 
 def _have_streams() -> None:
