@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
+# Another user may be kept from the folder that this interpreter lies in.
+PYTHON = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
 root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 UID = 500_000 + os.getpid() % 10_000  # an id that nobody has, and no other run of these tests at the same time
 
@@ -55,7 +57,7 @@ libc.syscall(60, 0)
 def child(order: str = "", *, user: int | None = None) -> Generator[subprocess.Popen[bytes]]:
     """Yield a child that has done ``order``; it is dead and reaped afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", CHILD, order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=user
+        [PYTHON, "-I", "-S", "-c", CHILD, order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=user
     )
     with process:
         try:
