@@ -108,8 +108,11 @@ def _lives(pid: int, tid: str) -> bool:
 def _children() -> tuple[int, ...]:
     found: list[int] = []
     for tid in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{tid}/children", encoding="ascii") as file:
-            found += [int(pid) for pid in file.read().split()]
+        try:
+            with open(f"/proc/self/task/{tid}/children", encoding="ascii") as file:
+                found += [int(pid) for pid in file.read().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread of an earlier test that ended while we looked; its children are another's now
     return tuple(sorted(found))
 
 
