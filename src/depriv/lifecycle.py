@@ -113,7 +113,7 @@ def _reserve(config: Domain, launch: Launch, domid: int) -> Entry:
         uid=identity.uid,
         gid=identity.gid,
         reaper_uid=identity.reaper_uid,
-        shared=launch.plan.shared or identity.how.startswith("shared"),
+        shared=launch.plan.shared,
         restricted=config.dm_restrict,
         memory_mib=config.memory_mib,
         vcpus=config.vcpus,

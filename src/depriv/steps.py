@@ -253,7 +253,7 @@ class Plan(Record):
     domain: str
     domid: int
     restricted: bool  # False: dm_restrict=0, said aloud everywhere
-    shared: bool  # the uid is another live domain's too, as the configuration asks by name: nothing is reaped
+    shared: bool  # the configuration names the shared user: other domains may have its uid, so nothing is reaped
     steps: tuple[Step, ...]
     after: tuple[Step, ...] = ()  # done on the toolstack's word, once QEMU has opened all it needs
 
