@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import lifecycle
-from depriv.errors import ConfigError, DeprivError, HostError
+from depriv import lifecycle, status
+from depriv.errors import ConfigError, DeprivError, HostError, NotFoundError
 from depriv.host import CACHE_DIR, STATE_DIR
 from depriv.planner import plan
 from depriv.records import Record
@@ -17,10 +17,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from depriv.collect import Done, Due
     from depriv.config import Domain
+    from depriv.entry import Entry
     from depriv.lifecycle import Started
     from depriv.planner import Launch
-    from depriv.registry import Entry
     from depriv.report import AuditReport
     from depriv.spawn import Jail
 
@@ -32,7 +33,9 @@ class Row(Record):
 
     name: str
     domid: int
-    state: str  # "starting", "running", "paused", "shutdown", "crashed", "hung" or "dead"
+    # "starting", "running", "paused", "shutdown", "crashed", "hung", "dead", "ending", "waiting" (to be started again),
+    # "quarantined" (something of it does not die) or "damaged" (its entry cannot be read)
+    state: str
     pid: int  # QEMU's, on the host; 0: not started
     uid: int
     gid: int
@@ -41,6 +44,7 @@ class Row(Record):
     accel: str
     dm_restrict: bool
     created_at_s: int
+    trouble: str  # why it is quarantined, waiting or damaged; ""
 
 
 class Guest:
@@ -63,20 +67,7 @@ class Guest:
 
     def row(self) -> Row:
         """Return how it is now. Takes at most two seconds, however QEMU behaves."""
-        entry = self._entry
-        return Row(
-            name=entry.name,
-            domid=entry.domid,
-            state=lifecycle.state_of(entry, self._registry),
-            pid=entry.expected.pid if entry.expected else 0,
-            uid=entry.uid,
-            gid=entry.gid,
-            memory_mib=entry.memory_mib,
-            vcpus=entry.vcpus,
-            accel=entry.accel,
-            dm_restrict=entry.restricted,
-            created_at_s=entry.created_at_s,
-        )
+        return _row(self._entry, self._registry, status.ask((self._entry,), self._registry))
 
     def audit(self) -> AuditReport:
         """Return whether its restrictions hold now, as the kernel sees it.
@@ -97,7 +88,7 @@ class Guest:
         with self._registry.locked_domain(self._entry.domid):
             return Console(
                 self._registry.directory(self._entry.domid),
-                lambda timeout_s: lifecycle.connect(self._entry, self._registry, timeout_s=timeout_s),
+                lambda timeout_s: status.connect(self._entry, self._registry, timeout_s=timeout_s),
             ).read()
 
     def destroy(self, jail: Jail | None = None) -> None:
@@ -168,12 +159,64 @@ class Toolstack:
         return lifecycle.create(config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail)
 
     def guests(self) -> tuple[Guest, ...]:
-        """Return every domain whose entry can be read, in order of domid; see ``damaged`` for the others."""
-        return tuple(Guest(entry, self.registry) for entry in self.registry.readable()[0])
+        """Return every domain, in order of domid."""
+        return tuple(Guest(entry, self.registry) for entry in self.registry.entries())
 
-    def damaged(self) -> tuple[HostError, ...]:
-        """Return what is wrong with entries that cannot be read. While there is one, nothing new can start."""
-        return self.registry.readable()[1]
+    def rows(self, names: tuple[str, ...] = ()) -> tuple[Row, ...]:
+        """Return how domains are now, all or those named. However many hang, it takes about a second.
+
+        Raises:
+            NotFoundError: one that was named does not exist.
+        """
+        entries = tuple(map(self.registry.find, names)) or self.registry.entries()
+        said = status.ask(entries, self.registry)
+        return tuple(_row(entry, self.registry, said) for entry in entries)
+
+    def gc(self, *, dry_run: bool = False, restart: bool = False, domids: tuple[int, ...] = ()) -> tuple[Done, ...]:
+        """Clear away what starts and ends that were cut short, ended domains and lost state folders have left.
+
+        A running guest is never touched. Domains that their configuration wants restarted are left as they are,
+        unless ``restart``.
+
+        Args:
+            dry_run: Change nothing; say what would be done.
+            restart: Start those again.
+            domids: Look at these alone; () is all, and what is left of none.
+        """
+        from depriv import collect  # noqa: PLC0415 (a program may never need it)
+
+        if os.geteuid() != 0:
+            raise HostError("only root can clear away what is left of domains", fix="run it with sudo")
+        if not dry_run:
+            self.registry.prepare()
+        said = status.ask(self.registry.entries(), self.registry)
+        due = collect.survey(self.registry, cache_dir=self._cache_dir, said=said, restart=restart, only=domids)
+        if not domids:
+            due += collect.strays(self.registry)
+        if dry_run:
+            return tuple(collect.outcome(each, "would") for each in due)
+        done = tuple(self._do(each, said.get(each.domid, "")) for each in due)
+        if not domids:
+            self.registry.mark_seen()
+        return done
+
+    def _do(self, due: Due, said: str) -> Done:
+        from depriv import collect  # noqa: PLC0415 (as above)
+
+        if due.action == "clear":
+            return collect.clear(due, self.registry, said)
+        warnings: list[str] = []
+        try:
+            entry = self.registry.find(str(due.domid))
+            rename = due.action == "rename-restart"
+            new = lifecycle.restart(
+                entry, self.registry, rename=rename, cache_dir=self._cache_dir, warn=warnings.append
+            )
+        except NotFoundError as error:
+            return collect.outcome(due, "gone", cause=str(error))
+        except DeprivError as error:
+            return collect.outcome(due, "failed", cause=collect.cause_of(error))
+        return collect.outcome(due, "done", cause="; ".join(warnings), new_domid=new.domid)
 
     def guest(self, name: str) -> Guest:
         """Return a domain by name or domid.
@@ -182,6 +225,28 @@ class Toolstack:
             NotFoundError: there is none.
         """
         return Guest(self.registry.find(name), self.registry)
+
+
+def _row(entry: Entry, registry: Registry, said: dict[int, str]) -> Row:
+    pid = entry.expected.pid if entry.expected else 0
+    if entry.state == "damaged":
+        from depriv.recover import main_pid  # noqa: PLC0415 (never needed, but for this)
+
+        pid = main_pid(entry)
+    return Row(
+        name=entry.name,
+        domid=entry.domid,
+        state=status.state_of(entry, registry, said.get(entry.domid, "")),
+        pid=pid,
+        uid=entry.uid,
+        gid=entry.gid,
+        memory_mib=entry.memory_mib,
+        vcpus=entry.vcpus,
+        accel=entry.accel,
+        dm_restrict=entry.restricted,
+        created_at_s=entry.created_at_s,
+        trouble=entry.trouble,
+    )
 
 
 def _check_config(config: object) -> None:
@@ -210,9 +275,9 @@ def audit_process(pid: int, host: Toolstack) -> AuditReport:
     """
     from depriv.audit import audit  # noqa: PLC0415 (not on the path of create)
 
-    for guest in host.guests():
-        if guest.row().pid == pid:
-            return guest.audit()
+    for entry in host.registry.entries():
+        if entry.expected is not None and entry.expected.pid == pid and host.registry.life(entry) != "dead":
+            return lifecycle.audit_domain(entry, host.registry)
     return audit(pid, expected=None)
 
 

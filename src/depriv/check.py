@@ -133,8 +133,8 @@ def _check_once(plan: Plan) -> None:
 def _check_execute(plan: Plan) -> None:
     """One uid and gid throughout; every descriptor once; QEMU starts stopped."""
     ids = {(step.uid, step.gid) for step in plan.steps if isinstance(step, (steps.NewUser, steps.SetIds))}
-    reaped = {step.uid for step in plan.steps if isinstance(step, steps.Reap)}
-    if len(ids) != 1 or not reaped <= {uid for uid, _ in ids}:
+    reaped = {(step.uid, step.gid) for step in plan.steps if isinstance(step, steps.Reap)}
+    if len(ids) != 1 or not reaped <= ids:
         raise ValueError("the steps name more than one uid or gid")
     numbers: list[int] = []
     for step in plan.steps:

@@ -17,11 +17,13 @@ import os  # noqa: E402
 import sys  # noqa: E402
 
 from depriv.errors import ConfigError, DeprivError, HostError, render  # noqa: E402
+from depriv.text import one_line  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from depriv.api import Toolstack
     from depriv.config import Domain
 
 
@@ -157,6 +159,13 @@ def _audit_options(made: argparse.ArgumentParser) -> None:
     _json_option(made)
 
 
+def _gc_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all, and what is of none")
+    made.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    made.add_argument("--restart", action="store_true", help="start those again whose configuration says so")
+    _json_option(made)
+
+
 def _setup_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dry-run", action="store_true", help="only print the commands")
     made.add_argument("--remove", action="store_true", help="remove the users that it made")
@@ -181,12 +190,11 @@ def check(arguments: argparse.Namespace) -> int:
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Print everything that a start would open, unshare, drop and execute."""
-    from depriv.api import Toolstack
     from depriv.codec import as_json
     from depriv.steps import Execute, describe
 
     config = _load(arguments)
-    launch = Toolstack().plan(config)
+    launch = _toolstack().plan(config)
     plan = launch.plan
     if arguments.json:
         data = {
@@ -224,12 +232,11 @@ def create(arguments: argparse.Namespace) -> int:
     begun_s = _begun()
     times = [("arguments", time.monotonic())]
     with Jail() as jail:
-        from depriv.api import Toolstack
-
+        host = _toolstack()
         times.append(("imports", time.monotonic()))
         config = _load(arguments)
         times.append(("configuration", time.monotonic()))
-        started = Toolstack().start(config, paused=arguments.paused, warn=_warn, jail=jail)
+        started = host.start(config, paused=arguments.paused, warn=_warn, jail=jail)
     entry = started.entry
     held = sum(item.holds for item in started.report.checks)
     print(
@@ -257,32 +264,29 @@ def _begun() -> float:
 
 def show_list(arguments: argparse.Namespace) -> int:
     """Print one line per domain; a dm_restrict that is off stands out."""
-    from depriv.api import Toolstack
-
-    host = Toolstack()
-    guests = [host.guest(name) for name in arguments.names] if arguments.names else host.guests()
-    for error in host.damaged():
-        print(render(error), file=sys.stderr)
-    rows = [guest.row() for guest in guests]
+    rows = _toolstack().rows(tuple(arguments.names))
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
         return 0
-    print(f"{'Name':<24} {'ID':>5} {'State':<9} {'PID':>8} {'UID':>10} {'GID':>10} {'Mem':>6} {'VCPUs':>5} dm_restrict")
+    print(
+        f"{'Name':<24} {'ID':>5} {'State':<11} {'PID':>8} {'UID':>10} {'GID':>10} {'Mem':>6} {'VCPUs':>5} dm_restrict"
+    )
     for row in rows:
         restrict = "on" if row.dm_restrict else "OFF"
         print(
-            f"{row.name:<24} {row.domid:>5} {row.state:<9} {row.pid:>8} {row.uid:>10} {row.gid:>10} "
+            f"{row.name:<24} {row.domid:>5} {row.state:<11} {row.pid:>8} {row.uid:>10} {row.gid:>10} "
             f"{row.memory_mib:>6} {row.vcpus:>5} {restrict}"
         )
+        if row.trouble:
+            print(f"    {one_line(row.trouble)}")
     return 0
 
 
 def console(arguments: argparse.Namespace) -> int:
     """Print the console's buffer: as it came into a file or pipe, made safe on a terminal."""
-    from depriv.api import Toolstack
     from depriv.text import console_safe
 
-    data = Toolstack().guest(arguments.name).console()
+    data = _toolstack().guest(arguments.name).console()
     text = console_safe(data)
     print(text, end="" if text.endswith("\n") or not text else "\n")
     return 0
@@ -290,13 +294,13 @@ def console(arguments: argparse.Namespace) -> int:
 
 def audit(arguments: argparse.Namespace) -> int:
     """Print every check; 1 if one does not hold."""
-    from depriv.api import Toolstack, audit_process
+    from depriv.api import audit_process
 
     if (arguments.name is None) == (arguments.pid is None):
         raise ConfigError("audit takes a domain's name, or --pid and a process number", fix="see depriv audit --help")
     if arguments.pid is not None and arguments.pid < 1:
         raise ConfigError(f"there is no process {arguments.pid}", fix="give a process number, as ps shows it")
-    host = Toolstack()
+    host = _toolstack()
     report = host.guest(arguments.name).audit() if arguments.pid is None else audit_process(arguments.pid, host)
     print(json.dumps(report.to_json(), indent=2) if arguments.json else report.to_text())
     return 0 if report.holds else 1
@@ -307,10 +311,35 @@ def destroy(arguments: argparse.Namespace) -> int:
     from depriv.spawn import Jail
 
     with Jail() as jail:
-        from depriv.api import Toolstack
-
-        Toolstack().guest(arguments.name).destroy(jail)
+        _toolstack().guest(arguments.name).destroy(jail)
     return 0
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """Clear away what is left; 1 if something cannot be cleared yet."""
+    host = _toolstack()
+    domids = tuple(host.registry.find(name).domid for name in arguments.names)
+    done = host.gc(dry_run=arguments.dry_run, restart=arguments.restart, domids=domids)
+    if arguments.json:
+        print(json.dumps([each.as_dict() for each in done], indent=2))
+    for each in () if arguments.json else done:
+        who = f"{each.name} (domain {each.domid}): " if each.name else ""
+        words = {"done": {"clear": "cleared"}.get(each.action, f"started again as domain {each.new_domid}")}
+        words |= {"would": f"would {each.action}", "quarantined": "does not die yet, its ids are quarantined"}
+        words |= {"busy": "another command is at it", "gone": "another command was faster"}
+        print(
+            one_line(
+                f"{who}{each.what}: {words.get(each.result, each.result)}" + (f": {each.cause}" if each.cause else "")
+            )
+        )
+    return 0 if all(each.result in ("done", "would", "gone") for each in done) else 1
+
+
+def watch(_arguments: argparse.Namespace) -> int:
+    """See to the ends of guests, until told to end."""
+    from depriv.watch import run
+
+    return run(_state_dir(), say=lambda text: print(text, flush=True))
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -336,6 +365,21 @@ def demo(_arguments: argparse.Namespace) -> int:
     from depriv.demo import run
 
     return run(say=lambda text: print(text, flush=True))
+
+
+def _state_dir() -> str:
+    from depriv.host import STATE_DIR
+
+    path = os.environ.get("DEPRIV_STATE_DIR", STATE_DIR)
+    if not path.startswith("/") or not path.isprintable():
+        raise ConfigError(f"DEPRIV_STATE_DIR is no absolute path: {path!r}", fix="unset it, or give one")
+    return os.path.normpath(path)
+
+
+def _toolstack() -> Toolstack:
+    from depriv.api import Toolstack
+
+    return Toolstack(state_dir=_state_dir())
 
 
 def _load(arguments: argparse.Namespace) -> Domain:
@@ -365,6 +409,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[argpa
     "console": ("print what a guest has written to its serial port", console, _console_options),
     "audit": ("ask the kernel whether every restriction holds", audit, _audit_options),
     "destroy": ("end a domain at once, and see that nothing is left", destroy, _name_option),
+    "gc": ("clear away what was cut short, and domains that have ended", gc, _gc_options),
+    "watch": ("see to the ends of all guests as their configurations say", watch, _no_options),
     "doctor": ("say what this host lacks, and what fixes it", doctor, _json_option),
     "setup": ("make the users that device models run as", setup, _setup_options),
     "demo": ("run a demonstration guest, show its audit, end it", demo, _no_options),

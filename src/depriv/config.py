@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 _KINDS = {"str": str, "int": int, "bool": bool}
+ACTIONS = ("destroy", "restart", "preserve", "rename-restart")  # what on_poweroff, on_reboot and on_crash may say
+SHARED_USER = "xen-qemuuser-shared"  # as identity.SHARED: the one device_model_user that several domains may have
 _NAME_MAX = 63
 _NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-"
 
@@ -105,6 +107,20 @@ class Vif(Checked):
     vlan: str = ""
 
 
+def no_second_life(disks: tuple[Disk, ...], device_model_user: str) -> tuple[str, str]:
+    """Return why a domain cannot be started again while the old one is kept, and what to do; ("", "") if it can.
+
+    With rename-restart, the ended domain stays with all that is its own; the new one needs the same.
+    """
+    fix = 'write "restart", which ends the old domain first, or "preserve", which keeps it and starts none'
+    for disk in disks:
+        if disk.target and not (disk.readonly or disk.cdrom):
+            return f"the domain that is kept would hold {disk.vdev}, which the new one writes to", fix
+    if device_model_user not in ("", SHARED_USER):
+        return f"the domain that is kept would hold the user {device_model_user}, which the new one runs as", fix
+    return "", ""
+
+
 class Note(Record):
     """Something the user should know: a key that is ignored and why, an unknown key, a restriction switched off."""
 
@@ -168,6 +184,11 @@ class Domain(Checked):
         self.require_one_of("accel", ("auto", "tcg", "kvm"))
         self.require_one_of("type", ("hvm", "pv", "pvh"))
         self.require_one_of("bios", ("", "seabios", "ovmf"))
+        for name in ("on_poweroff", "on_reboot", "on_crash"):
+            self.require_one_of(name, ACTIONS)
+            what, fix = no_second_life(self.disks, self.device_model_user)
+            if what and getattr(self, name) == "rename-restart":
+                raise ConfigError(f"Domain: {name} is 'rename-restart', but {what}", fix=fix)
 
     def place(self, key: str) -> dict[str, Any]:
         """Return where a key (or the disk with a vdev) stands in the file, as ``ConfigError`` takes it."""

@@ -8,6 +8,7 @@ import stat
 import time
 
 from depriv.accounts import accounts_for
+from depriv.cgroup import find_cgroup, folder_name
 from depriv.host import CACHE_DIR, STATE_DIR, FileFacts, Host, Program
 from depriv.proc import processes_of
 
@@ -67,6 +68,7 @@ def look(
         xen=os.path.exists("/proc/xen/capabilities"),
         ovmf=ovmf,
         cgroup_dir=cgroup,
+        cgroup_folder=folder_name(state_dir),
         cgroup_version=version,
         root_dirs=dirs,
         root_links=links,
@@ -137,23 +139,6 @@ def device_number(path: str) -> tuple[int, int]:
     except OSError:
         return (0, 0)
     return (os.major(have.st_rdev), os.minor(have.st_rdev)) if stat.S_ISCHR(have.st_mode) else (0, 0)
-
-
-def find_cgroup() -> tuple[str, int]:
-    """Return where cgroups are made and the version: the v2 hierarchy if one is mounted, else a v1 one.
-
-    "" if there is none. See cgroups(7).
-    """
-    v1 = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            kind, _, options = right.partition(" ")
-            if kind == "cgroup2":
-                return left.split()[4], 2
-            if kind == "cgroup" and not v1 and {"pids", "freezer"} & set(options.split()[-1].split(",")):
-                v1 = left.split()[4]
-    return v1, 1
 
 
 def look_at(path: str) -> FileFacts:

@@ -70,6 +70,7 @@ class Host(Record):
     xen: bool = False
     ovmf: str = ""  # OVMF image with code and variables in one file; "": none is installed
     cgroup_dir: str = ""  # where domains get their cgroups; "": no cgroup file system is mounted
+    cgroup_folder: str = "depriv"  # the registry's folder in there
     cgroup_version: int = 2
     root_dirs: tuple[str, ...] = ("usr",)  # top-level folders that a program's files lie in
     root_links: tuple[tuple[str, str], ...] = ()  # top-level symbolic links of the host: name, target

@@ -9,27 +9,30 @@ the jail kills QEMU when its control socket closes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
 
-from depriv import proc, runtime
+from depriv import collect, proc, runtime, status
 from depriv.detect import look
+from depriv.ending import end_processes, finish, forget, quarantine
+from depriv.entry import Entry
 from depriv.errors import DeprivError, HostError, JailError, MonitorError, PlanError
-from depriv.planner import plan, plan_discovery
-from depriv.registry import Entry
+from depriv.guestlog import Log
+from depriv.planner import plan, plan_discovery, refuse_name
+from depriv.policy import restarts_after
 from depriv.report import Expected, Grant, Limit
 from depriv.spawn import Jail
 from depriv.steps import OpenFile, SetLimit
-from depriv.text import console_safe
-from depriv.untrusted import as_str, field
+from depriv.wanted import to_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from typing import Self
+    from collections.abc import Callable
 
     from depriv.config import Domain
+    from depriv.host import Holding
     from depriv.planner import Launch
     from depriv.qmp import Monitor
     from depriv.registry import Registry
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
 QMP_TIMEOUT_S = 10.0
-_LOG_SHOWN = 4000
 
 
 class Started:
@@ -52,7 +54,7 @@ class Started:
         self.times = times
 
 
-def create(  # noqa: PLR0913 (two of them are for callers that want to know more or be faster)
+def create(  # noqa: PLR0913 (some of them are for callers that want to know more or be faster)
     config: Domain,
     registry: Registry,
     *,
@@ -60,6 +62,8 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
     paused: bool = False,
     warn: Callable[[str], None] = lambda _text: None,
     jail: Jail | None = None,
+    instead: Entry | None = None,
+    restarts: int = 0,
 ) -> Started:
     """Start a domain.
 
@@ -70,60 +74,212 @@ def create(  # noqa: PLR0913 (two of them are for callers that want to know more
         paused: Leave the guest stopped before its first instruction.
         warn: Told every warning: a restriction that was switched off, a key without effect.
         jail: A jail that was started ahead, to save its start-up time; it is used up.
+        instead: A domain "waiting" under the same name, whose place this one takes once it runs.
+        restarts: How many times in a row it was started again after a short life.
 
     Raises:
-        DeprivError: it did not start, why, and what to do. Nothing is left of it.
+        DeprivError: it did not start, why, and what to do. Nothing is left of it, but that ids which somebody who does
+            not die still has are kept from use.
     """
     times = [("begin", time.monotonic())]
-    with jail or Jail() as ready, contextlib.ExitStack() as held:
-        if os.geteuid() != 0:
-            raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
-        registry.prepare()
+    if os.geteuid() != 0:
+        raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
+    registry.prepare()
+    ready = jail or Jail()
+    with contextlib.ExitStack() as kept:
+        kept.enter_context(ready)
+        _make_room(config.name, registry, cache_dir, warn)
+        for attempts_left in (2, 1, 0):
+            try:
+                entry, report, launch = _start(
+                    config,
+                    registry,
+                    ready,
+                    cache_dir=cache_dir,
+                    paused=paused,
+                    warn=warn,
+                    times=times,
+                    instead=instead,
+                    restarts=restarts,
+                )
+                return Started(entry, report, launch, times)
+            except JailError as error:
+                if not (attempts_left and error.step.startswith("kill every process") and error.errno == errno.EBUSY):
+                    raise
+                # The id is quarantined by now; with another one the guest can start all the same.
+                warn(f"{error}: {error.cause}. Its id is quarantined, the domain gets another one.")
+            ready = kept.enter_context(Jail())
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _make_room(name: str, registry: Registry, cache_dir: str, warn: Callable[[str], None]) -> None:
+    """Clear away what is due, and a guest of the same name that has ended: without a watcher nobody else does."""
+    for done in collect.tidy(registry, cache_dir):
+        if done.result in ("quarantined", "failed"):
+            warn(f"{done.what}: {done.result}: {done.cause}")
+    for entry in registry.entries():
+        if entry.name == name and entry.state == "running":
+            said = status.ask((entry,), registry).get(entry.domid, "")
+            due = collect.of_entry(entry, registry, said, restart=False)
+            if due is not None:
+                collect.clear(due, registry, said)
+
+
+def _start(  # noqa: PLR0913 (what one start is made of)
+    config: Domain,
+    registry: Registry,
+    jail: Jail,
+    *,
+    cache_dir: str,
+    paused: bool,
+    warn: Callable[[str], None],
+    times: list[tuple[str, float]],
+    instead: Entry | None,
+    restarts: int,
+) -> tuple[Entry, AuditReport, Launch]:
+    """Reserve, plan, launch; whatever goes wrong is undone.
+
+    Reserving is a moment under the registry's lock. Looking at images and asking who exists is done without it: a
+    server that hangs holds up nobody else's start.
+    """
+    with contextlib.ExitStack() as held:
         with registry.locked():
-            registry.sweep()
-            domid = registry.next_domid()
-            holdings = tuple(entry.holding for entry in registry.entries())
-            host = look(config, domid=domid, holdings=holdings, state_dir=registry.folder, cache_dir=cache_dir)
-            launch = plan(config, host)
-            entry = _reserve(config, launch, domid)
+            entry = _reserve(config, registry, jail, restarts)
+            others = _holdings(registry, entry, instead)
+            refuse_name(config, others)
             registry.add(entry, held)
-        times.append(("plan", time.monotonic()))
         try:
+            host = look(config, domid=entry.domid, holdings=others, state_dir=registry.folder, cache_dir=cache_dir)
+            launch = plan(config, host)
+            with registry.locked():
+                others = _holdings(registry, entry, instead)
+                if others != host.holdings:  # somebody else's start or end came first: he may have what we planned for
+                    host = host.replace(holdings=others)
+                    launch = plan(config, host)
+                entry = _committed(entry, launch)
+                registry.save(entry)
+            times.append(("plan", time.monotonic()))
             for text in launch.warnings:
                 warn(text)
             if config.dm_restrict:
                 runtime.ensure(launch, lambda: _discover(plan_discovery(config, host)))
             times.append(("runtime", time.monotonic()))
-            entry, report = _launch(launch, entry, registry, ready, paused=paused, times=times)
+            entry, report = _launch(launch, entry, registry, jail, paused=paused, times=times)
+            if instead is not None:
+                with registry.locked():
+                    registry.remove(instead.domid)
         except BaseException:
             try:
-                ready.__exit__()
+                jail.__exit__()
             finally:
                 _forget(entry, registry)
             raise
-    return Started(entry, report, launch, times)
+    return entry, report, launch
 
 
-def _reserve(config: Domain, launch: Launch, domid: int) -> Entry:
-    identity = launch.identity
+def _holdings(registry: Registry, own: Entry, instead: Entry | None) -> tuple[Holding, ...]:
+    """Return what all others hold. Who has only reserved was asked for by name, and finds us when it commits."""
+    return tuple(
+        entry.holding
+        for entry in registry.entries()
+        if entry.domid != own.domid
+        and (entry.uid or entry.state != "starting" or entry.created_boot_ns < own.created_boot_ns)
+        and (instead is None or entry.domid != instead.domid)
+    )
+
+
+def _reserve(config: Domain, registry: Registry, jail: Jail, restarts: int) -> Entry:
+    """Return the entry that keeps name and domid; who it runs as and what it opens is not known yet."""
     return Entry(
         name=config.name,
-        domid=domid,
+        domid=registry.next_domid(),
         state="starting",
+        uid=0,
+        gid=0,
+        reaper_uid=0,
+        shared=False,
+        restricted=config.dm_restrict,
+        memory_mib=config.memory_mib,
+        vcpus=config.vcpus,
+        accel=config.accel,
+        cgroup="",
+        boot_id=registry.boot_id,
+        created_boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        created_at_s=int(time.time()),
+        toolstack_pid=os.getpid(),
+        toolstack_starttime=proc.start_time(os.getpid()),
+        jail_pid=jail.pid,
+        jail_starttime=proc.start_time(jail.pid),
+        config=to_data(config),
+        restarts=restarts,
+    )
+
+
+def _committed(entry: Entry, launch: Launch) -> Entry:
+    """Return the entry with all that the jail is about to make and open: it is written before."""
+    identity = launch.identity
+    return entry.replace(
         uid=identity.uid,
         gid=identity.gid,
         reaper_uid=identity.reaper_uid,
         shared=launch.plan.shared,
-        restricted=config.dm_restrict,
-        memory_mib=config.memory_mib,
-        vcpus=config.vcpus,
         accel=launch.accel,
         cgroup=launch.cgroup,
-        toolstack_pid=os.getpid(),
-        toolstack_starttime=proc.start_time(os.getpid()),
-        created_at_s=int(time.time()),
         images=launch.images,
     )
+
+
+def restart(entry: Entry, registry: Registry, *, rename: bool, cache_dir: str, warn: Callable[[str], None]) -> Entry:
+    """End a domain that has ended by itself and start it again from what it was started from, as a new domain.
+
+    Until the new one runs, the old one stays listed as "waiting", with the reason if the new one does not start: no
+    configuration is lost.
+
+    Args:
+        entry: The old one.
+        registry: Where it is.
+        rename: Keep the old one as it is, under another name.
+        cache_dir: As for ``create``.
+        warn: As for ``create``.
+
+    Raises:
+        NotFoundError: another command was faster.
+        DeprivError: something of it still lives, or the new one did not start.
+    """
+    from depriv.wanted import from_data  # noqa: PLC0415 (not on the path of create)
+
+    restarts = restarts_after(entry.restarts, collect.lived_s(entry))
+    with registry.locked_domain(entry.domid), Jail() as jail:
+        entry = registry.current(entry)
+        config = from_data(entry.config)
+        if rename:
+            kept = {f"on_{word}": "preserve" for word in ("poweroff", "reboot", "crash")}
+            registry.save(
+                entry.replace(name=f"{entry.name[:50]}-{entry.domid}", config={**(entry.config or {}), **kept})
+            )
+        elif entry.state != "waiting":
+            try:
+                end_processes(entry, registry, jail)
+            except DeprivError as error:
+                quarantine(entry, registry, error)
+                raise
+            entry = entry.replace(state="waiting", uid=0, gid=0, images=(), cgroup="", expected=None, restarts=restarts)
+            registry.save(entry)
+            registry.forget_end(entry.domid)
+    try:
+        return create(
+            config,
+            registry,
+            cache_dir=cache_dir,
+            warn=warn,
+            instead=None if rename else entry,
+            restarts=entry.restarts if entry.state == "waiting" else restarts,
+        ).entry
+    except DeprivError as error:
+        if not rename:
+            with contextlib.suppress(DeprivError), registry.locked_domain(entry.domid):
+                registry.save(registry.current(entry).replace(trouble=collect.cause_of(error)))
+        raise
 
 
 def _launch(  # noqa: PLR0913 (what one start is made of)
@@ -139,7 +295,7 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
     launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
     times += [(f"jail: {name}", at) for name, at in launched.times]
     with (
-        closing(launched.pidfd),
+        status.closing(launched.pidfd),
         Log(f"{launch.directory}/log") as log,
         _await_prelaunch(launch, launched, log) as monitor,
     ):
@@ -154,12 +310,14 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
         report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
         _refuse_unless_it_holds(report, launch)
         times.append(("audit", time.monotonic()))
+        # Released before it is written down as running: of a start that is killed in between, the entry says that it
+        # never was complete. From the other order a guest would come that is listed as running and has no QEMU.
+        jail.release()
         entry = entry.replace(state="running")
         registry.save(entry)
         times.append(("registry", time.monotonic()))
         if not paused:
             monitor.execute("cont", timeout_s=QMP_TIMEOUT_S)
-        jail.release()
         times.append(("run", time.monotonic()))
     return entry, report
 
@@ -185,7 +343,7 @@ def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
         netns_of = launched.pidfd if launch.plan.restricted else -1
         monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S, netns_of=netns_of)
         try:
-            if _status(monitor, QMP_TIMEOUT_S) != "prelaunch":
+            if status.status(monitor, QMP_TIMEOUT_S) != "prelaunch":
                 raise MonitorError("QEMU does not wait for the word to run the guest")  # noqa: TRY301 (one handler)
         except BaseException:
             monitor.close()
@@ -229,66 +387,16 @@ def _start_fix(said: str) -> str:
     return ""
 
 
-class Log:
-    """What QEMU has printed, read from the FIFO in its state folder without waiting."""
-
-    def __init__(self, path: str) -> None:
-        """Open the reading end."""
-        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._data = b""
-
-    def text(self) -> str:
-        """Return all that was printed so far, made safe to print; the first part of it if it is long."""
-        while len(self._data) < 1 << 20:
-            try:
-                chunk = os.read(self._fd, 65536)
-            except BlockingIOError:
-                break
-            if not chunk:
-                break
-            self._data += chunk
-        own = b"\n".join(line for line in self._data.split(b"\n") if not _is_traced(line))
-        return console_safe(own[:_LOG_SHOWN]).strip()
-
-    def raw(self) -> str:
-        """Return all of it, for a reader that trusts it: no guest has run."""
-        self.text()
-        return self._data.decode("utf-8", "replace")
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        """Close the reading end."""
-        os.close(self._fd)
-
-
-def _is_traced(line: bytes) -> bool:
-    """Tell whether a line is one of the thousand that a dry run asks for, not something that QEMU has to say."""
-    head, tab, _ = line.partition(b":\t")  # ld.so(8), LD_DEBUG: "%9d:\t"
-    return line.startswith(b"load_file ") or (bool(tab) and head.strip().isdigit())
-
-
-@contextlib.contextmanager
-def closing(fd: int) -> Generator[int]:
-    """Close a descriptor at the end of the block."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _discover(launch: Launch) -> str:
     """Do the dry run and return what it printed. Its QEMU ends with it."""
     try:
         with Jail() as jail:
             launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
-            with closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
+            with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
                 _await_prelaunch(launch, launched, log).close()
                 return log.raw()
     finally:
-        for name in ("qmp", "log"):
+        for name in ("qmp", "events", "log"):
             if os.path.lexists(f"{launch.directory}/{name}"):
                 os.unlink(f"{launch.directory}/{name}")
 
@@ -296,7 +404,7 @@ def _discover(launch: Launch) -> str:
 def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
     """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
     files = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
-    paths = {"qmp": f"{launch.directory}/qmp", "log": f"{launch.directory}/log"}
+    paths = {name: f"{launch.directory}/{name}" for name in ("qmp", "events", "log")}
     paths |= {role: step.path for role, step in files.items()}
     execute = launch.plan.steps[-1].as_dict()
     grants = [
@@ -326,7 +434,7 @@ def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
             if isinstance(step, SetLimit)
         ),
         environ=execute["environ"],
-        cgroup=f"/depriv/{entry.domid}",
+        cgroup="/" + "/".join(launch.cgroup.split("/")[-2:]),
         grants=tuple(grants),
     )
 
@@ -335,88 +443,34 @@ def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
     """Return name and pid of every other guest that runs."""
     return tuple(
         (entry.name, entry.expected.pid)
-        for entry in registry.readable()[0]
-        if entry.domid != domid
-        and entry.expected is not None
-        and proc.alive(entry.expected.pid, entry.expected.starttime) == "running"
+        for entry in registry.entries()
+        if entry.domid != domid and entry.expected is not None and registry.life(entry) == "running"
     )
 
 
-def state_of(entry: Entry, registry: Registry, *, timeout_s: float = 1.0) -> str:
-    """Return how a domain is: from the kernel whether it lives, and only then from QEMU what it says it does.
-
-    "starting", "running", "paused", "shutdown", "crashed", "dead" (QEMU is gone, or its main thread is), "hung" (QEMU
-    does not answer).
-    """
-    if entry.expected is None:
-        begun = proc.alive(entry.toolstack_pid, entry.toolstack_starttime)
-        return "starting" if begun == "running" else "dead"
-    if proc.alive(entry.expected.pid, entry.expected.starttime) != "running":
-        return "dead"
-    try:
-        with connect(entry, registry, timeout_s=timeout_s) as monitor:
-            said = _status(monitor, timeout_s)
-    except MonitorError:
-        return "hung"
-    known = {
-        "running": "running",
-        "prelaunch": "paused",
-        "paused": "paused",
-        "shutdown": "shutdown",
-        "guest-panicked": "crashed",
-        "internal-error": "crashed",
-        "io-error": "paused",
-    }
-    return known.get(said, "hung")
-
-
-def connect(entry: Entry, registry: Registry, *, timeout_s: float) -> Monitor:
-    """Return a connection to a domain's QEMU.
-
-    Raises:
-        MonitorError: it is dead, or does not behave by the deadline.
-    """
-    from depriv.qmp import Monitor  # noqa: PLC0415 (as in _await_prelaunch)
-
-    expected = entry.expected
-    try:
-        pidfd = os.pidfd_open(expected.pid) if expected else -1
-    except ProcessLookupError:
-        pidfd = -1
-    if expected is None or pidfd < 0:
-        raise MonitorError(f"domain {entry.name} has no QEMU", fix=f"depriv destroy {entry.name}")
-    with closing(pidfd):
-        # After the pidfd was opened: its number may have become another's before.
-        if proc.alive(expected.pid, expected.starttime) == "dead":
-            raise MonitorError(f"the QEMU of domain {entry.name} is dead", fix=f"depriv destroy {entry.name}")
-        path = f"{registry.directory(entry.domid)}/qmp"
-        return Monitor.connect(path, timeout_s=timeout_s, netns_of=pidfd if entry.restricted else -1)
-
-
-def _status(monitor: Monitor, timeout_s: float) -> str:
-    """Return what QEMU says it does; what a QEMU says is believed by nobody, and shown at most."""
-    return field(monitor.execute("query-status", timeout_s=timeout_s), "status", as_str, "query-status")
-
-
 def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
-    """Return whether a domain's restrictions hold now."""
-    if entry.expected is None:
-        raise HostError(f"domain {entry.name} has not started", fix="wait for depriv create, or depriv destroy it")
+    """Return whether a domain's restrictions hold now.
+
+    Of one whose entry is damaged, only what is true of every QEMU can be asked.
+    """
     from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
 
+    if entry.state == "damaged":
+        from depriv.recover import main_pid  # noqa: PLC0415 (never needed, but for this)
+
+        return audit(main_pid(entry), expected=None, others=_others(registry, entry.domid))
+    if entry.expected is None:
+        raise HostError(f"domain {entry.name} has not started", fix="wait for depriv create, or depriv destroy it")
     return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
 
 
 def _forget(entry: Entry, registry: Registry) -> None:
-    """Undo a reservation whose start failed. The jail has ended and took with it what it made."""
-    from depriv.ending import end_processes, remove_cgroup_folder  # noqa: PLC0415 (a start that goes well does not pay for it)
-
+    """Undo a reservation whose start failed; the domain is locked. The jail has ended and took with it what it made."""
     try:
-        with Jail() as jail:
-            end_processes(entry, registry, jail)
+        if entry.uid:
+            with Jail() as jail:
+                finish(entry, registry, jail)
+        else:
+            forget(entry, registry)  # planning failed: nothing was ever made
     except DeprivError as error:
         print(f"warning: domain {entry.name} is kept: {error}", file=sys.stderr)  # noqa: T201 (nobody else will hear)
-        return
-    with registry.locked():
-        registry.remove(entry.domid)
-        remove_cgroup_folder(entry.cgroup, registry)

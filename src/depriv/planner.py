@@ -7,7 +7,7 @@ from depriv import storage
 from depriv.check import check
 from depriv.errors import ConfigError, PlanError
 from depriv.identity import Identity, choose
-from depriv.qemu.cmdline import PRIVATE, QMP_FD, Image, command_line
+from depriv.qemu.cmdline import EVENTS_FD, PRIVATE, QMP_FD, Image, command_line
 from depriv.records import Record
 from depriv.steps import (
     NAMESPACES,
@@ -36,11 +36,12 @@ from depriv.steps import (
     SetLimit,
     Unshare,
 )
+from depriv.text import digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.config import Domain
-    from depriv.host import Host
+    from depriv.host import Holding, Host
     from depriv.steps import Step
 
 LOG_KIB = 64
@@ -90,7 +91,7 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     warnings = _warnings(config)
     chains = storage.chains(config, host, warnings)
     key = _runtime_key(config, host, accel)
-    runtime = f"{host.cache_dir}/runtime/{_digest(key)}"
+    runtime = f"{host.cache_dir}/runtime/{digest(key)}"
     argv = command_line(
         config, program=host.program.path, accel=accel, images=_images(config, chains), discover=discover
     )
@@ -110,7 +111,7 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
         identity=identity,
         accel=accel,
         directory=_directory(host),
-        cgroup=f"{host.cgroup_dir}/depriv/{host.domid}",
+        cgroup=_cgroup(host),
         runtime=runtime,
         runtime_key=key,
         images=tuple(dict.fromkeys(file.hold for chain in chains for file in chain)),
@@ -120,6 +121,10 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
 
 def _directory(host: Host) -> str:
     return f"{host.state_dir}/domains/{host.domid}"
+
+
+def _cgroup(host: Host) -> str:
+    return f"{host.cgroup_dir}/{host.cgroup_folder}/{host.domid}"
 
 
 def _warnings(config: Domain) -> list[str]:
@@ -145,7 +150,8 @@ def _assemble(  # noqa: PLR0913 (the parts of a plan)
     """Put the parts into the order that check.py holds every plan to."""
     # Named as shared: whoever starts at the same moment has this uid, too. Nothing is ever killed by it.
     shared = identity.how.startswith("shared")
-    reap = Reap(uid=identity.uid, reaper_uid=identity.reaper_uid, lock=f"{host.state_dir}/reaper.lock")
+    lock = f"{host.state_dir}/reaper.lock"
+    reap = Reap(uid=identity.uid, gid=identity.gid, reaper_uid=identity.reaper_uid, lock=lock)
     ids = SetIds(uid=identity.uid, gid=identity.gid)
     if config.dm_restrict:
         user = NewUser(uid=identity.uid, gid=identity.gid)
@@ -153,7 +159,7 @@ def _assemble(  # noqa: PLR0913 (the parts of a plan)
         after: tuple[Step, ...] = (_empty(enclosed),)
     else:
         # Never root, no capability, killed whole: that much is not for sale. All else is off, as asked.
-        enclosed = (_listen(host),)
+        enclosed = _listen(host)
         rest, after = (BecomeInit(), DropCapabilities(), ids, NoNewPrivs(), _unrestricted(act, config)), ()
     return Plan(
         domain=config.name,
@@ -165,8 +171,12 @@ def _assemble(  # noqa: PLR0913 (the parts of a plan)
     )
 
 
-def _listen(host: Host) -> ListenUnix:
-    return ListenUnix(role="qmp", path=f"{_directory(host)}/qmp", number=QMP_FD)
+def _listen(host: Host) -> tuple[ListenUnix, ...]:
+    """Two monitors: QEMU serves one client of each at a time, and the watcher's stays connected."""
+    return tuple(
+        ListenUnix(role=role, path=f"{_directory(host)}/{role}", number=number)
+        for role, number in (("qmp", QMP_FD), ("events", EVENTS_FD))
+    )
 
 
 def _check_domain(config: Domain, host: Host) -> None:
@@ -205,10 +215,20 @@ def _check_domain(config: Domain, host: Host) -> None:
             "no cgroup file system is mounted, so the guest's processes could not be killed as one",
             fix="mount -t cgroup2 cgroup2 /sys/fs/cgroup",
         )
-    for other in host.holdings:
+    refuse_name(config, host.holdings)
+
+
+def refuse_name(config: Domain, holdings: tuple[Holding, ...]) -> None:
+    """Refuse a name that a domain has.
+
+    Raises:
+        ConfigError: whose it is.
+    """
+    for other in holdings:
         if other.name == config.name:
             raise ConfigError(
                 f"a domain named {config.name!r} exists (domid {other.domid})",
+                cause="it is only just being started, or waits to be started again" if not other.uid else "",
                 fix=f"choose another name=, or end it: depriv destroy {config.name}",
                 **config.place("name"),
             )
@@ -251,7 +271,7 @@ def _resources(config: Domain, host: Host, *, chains: tuple[storage.Chain, ...],
                 OpenFile(role=name, path=path, access="ro", kind="file", number=-1, dev=facts.dev, ino=facts.ino)
             )
     steps.append(MakeFifo(role="log", path=f"{_directory(host)}/log", numbers=(1, 2), size_kib=log_kib))
-    steps.append(MakeCgroup(path=f"{host.cgroup_dir}/depriv/{host.domid}", version=host.cgroup_version))
+    steps.append(MakeCgroup(path=_cgroup(host), version=host.cgroup_version))
     return tuple(steps)
 
 
@@ -259,7 +279,7 @@ def _enclose(config: Domain, host: Host, identity: Identity, *, accel: str, bind
     """Namespaces and the private root. ``binds`` is the runtime folder; "" binds the host's own for a dry run."""
     steps: list[Step] = [
         Unshare(namespaces=NAMESPACES),
-        _listen(host),
+        *_listen(host),
         MakeRoot(mountpoint=_directory(host), size_kib=64, inodes=32),
         MakeDir(path="/dev"),
         MakeNode(path="/dev/null", major=1, minor=3, mode=0o666, uid=0, gid=0),
@@ -315,6 +335,7 @@ def _limits(config: Domain, chains: tuple[storage.Chain, ...]) -> tuple[SetLimit
     FSIZE follows the largest writable file, so that no write of the guest fails by it (libxl's fixed 256 KiB made raw
     writes beyond it fail, and every qcow2 write). At least 4 MiB: QEMU 10 keeps a 1.2 MB display surface in a memfd.
     NPROC counts threads: one per vCPU, up to 64 workers of the I/O pool (util/thread-pool.c), some of QEMU's own.
+    NOFILE holds QEMU's own, two monitors with a client each, and for each image what locking and reopening takes.
     AS: guest RAM, 1 GiB of translated code (accel/tcg), 8 MiB of stack per thread, 8 malloc arenas, libraries.
     """
     largest = max((file.size_max for chain in chains for file in chain if file.writable), default=0)
@@ -330,7 +351,7 @@ def _limits(config: Domain, chains: tuple[storage.Chain, ...]) -> tuple[SetLimit
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
         "NICE": 0,
-        "NOFILE": 128 + 8 * sum(len(chain) for chain in chains) + 2 * queues,
+        "NOFILE": 130 + 8 * sum(len(chain) for chain in chains) + 2 * queues,
         "NPROC": threads,
         "RTPRIO": 0,
         "SIGPENDING": 64,
@@ -380,17 +401,6 @@ def _refuse_strangers(config: Domain, host: Host, identity: Identity) -> None:
             cause="a uid is cleared before a device model gets it: they would be killed",
             fix="name a user that nothing else runs as",
         )
-
-
-def _digest(key: tuple[str, ...]) -> str:
-    """Return a short name for a key: 64-bit FNV-1a, twice. It names a cache folder; it guards nothing."""
-    result = ""
-    for seed in (0xCBF29CE484222325, 0x84222325CBF29CE4):
-        value = seed
-        for byte in "\n".join(key).encode():
-            value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-        result += f"{value:016x}"
-    return result
 
 
 def _time_zone(config: Domain, host: Host) -> str:

@@ -408,3 +408,28 @@ def holders(target: str) -> tuple[int, ...]:
         except PermissionError:
             continue  # more privileged than this root: pid 1 where root itself is confined, and never a guest
     return tuple(found)
+
+
+def boot_id() -> str:
+    """Return what names this boot of the kernel: a pid and a start time mean nothing in another. Source: random(4)."""
+    return _read("/proc/sys/kernel/random/boot_id").decode("ascii").strip()
+
+
+def lock_holders(dev: int, ino: int) -> tuple[tuple[int, str, str], ...]:
+    """Return pid, state and name of each process with an open file that holds a lock on an inode. Slow: looks at all.
+
+    /proc/locks would name who took the lock, who may be dead while a child that inherited the file holds it still.
+    Source: proc_pid_fdinfo(5).
+    """
+    found: list[tuple[int, str, str]] = []
+    for process in processes():
+        base = f"/proc/{process.pid}"
+        try:
+            for number in os.listdir(f"{base}/fd"):
+                have = os.stat(f"{base}/fd/{number}")
+                if (have.st_dev, have.st_ino) == (dev, ino) and b"\nlock:" in _read(f"{base}/fdinfo/{number}"):
+                    found.append((process.pid, process.state, process.name))
+                    break
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return tuple(found)

@@ -1,63 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which domains exist on this host and what each holds, on disk below /run/depriv.
 
-One folder per domain, named by its domid: ``state.json`` (written beside, synced, renamed), the QMP socket, the log
-FIFO, the console's saved text. Folders and files are root's alone: nothing a device model can write is ever read.
+One folder per domain, named by its domid: ``state.json`` and a copy of it, the QMP sockets, the log FIFO, the
+console's saved text. Folders and files are root's alone: nothing a device model can write is ever read.
 There is no daemon; commands meet at two kinds of lock, the registry's (milliseconds) and one per domain.
+
+What is written survives a kill at any instruction. What cannot be read any more is read from the copy, and failing
+that from the kernel. See docs/adr/0011.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
 import time
 
+from depriv import cgroup, durable, proc
+from depriv.entry import Entry, decode, encode
 from depriv.errors import HostError, NotFoundError, PlanError
-from depriv.host import STATE_DIR, Holding
+from depriv.host import STATE_DIR
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.records import Record, cast
-from depriv.report import Expected, Grant, Limit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from contextlib import AbstractContextManager
-    from typing import Any
 
 REUSE_DELAY_S = 60  # libxl's LIBXL_DOMID_REUSE_TIMEOUT
-LOCK_TIMEOUT_S = 10.0
-_VERSION = 1
-_STATE_BYTES_MAX = 1 << 20
-
-
-class Entry(Record):
-    """One domain as the registry knows it."""
-
-    name: str
-    domid: int
-    state: str  # "starting", "running" (the guest may be paused, shut down or dead meanwhile) or "ending"
-    uid: int
-    gid: int
-    reaper_uid: int
-    shared: bool  # its uid is another domain's too, as asked for by name: never killed by uid
-    restricted: bool
-    memory_mib: int
-    vcpus: int
-    accel: str
-    cgroup: str  # absolute path; "" with none
-    toolstack_pid: int  # of the command that started it, and when that started: tells an unfinished start
-    toolstack_starttime: int
-    created_at_s: int  # seconds since 1970
-    images: tuple[tuple[int, int, int, bool], ...]
-    expected: Expected | None = None  # None until QEMU executes
-
-    @property
-    def holding(self) -> Holding:
-        """What planning has to know of it."""
-        return Holding(name=self.name, domid=self.domid, uid=self.uid, gid=self.gid, images=self.images)
+_COPY, _STATE = "state.copy", "state.json"  # the copy first: what is read first is never the older one
+_GONE = "gone-"  # a domain's folder on its way out
+ENDS = ("poweroff", "reboot", "crash", "host")
 
 
 class Registry:
@@ -66,10 +37,17 @@ class Registry:
     def __init__(self, folder: str = STATE_DIR) -> None:
         """Take the folder; nothing is touched yet."""
         self.folder = folder
+        self.boot_id = proc.boot_id()
+        self._seen: dict[int, tuple[tuple[int, int, int], Entry]] = {}  # domid -> which file it was read from, entry
 
     def directory(self, domid: int) -> str:
         """Return a domain's folder."""
         return f"{self.folder}/domains/{domid}"
+
+    def cgroup(self, domid: int) -> str:
+        """Return a domain's cgroup; "" where there are none."""
+        top = cgroup.find_cgroup()[0]
+        return f"{top}/{cgroup.folder_name(self.folder)}/{domid}" if top else ""
 
     def prepare(self) -> None:
         """Make the folders, and see that they are root's alone.
@@ -93,52 +71,87 @@ class Registry:
                 f"cannot use {self.folder}", fix="run this as root, on a host where /run is writable"
             ) from error
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has seen to what was left of before this boot, or before the folder was lost."""
+        try:
+            found = durable.load(f"{self.folder}/boot")
+        except durable.DamagedError:
+            found = None
+        return found != {"boot": self.boot_id}
+
+    def mark_seen(self) -> None:
+        """Write down that all of the past is swept."""
+        durable.write((f"{self.folder}/boot",), {"boot": self.boot_id})
+
     def locked(self) -> AbstractContextManager[None]:
         """Hold the registry still. Short: allocate, look for conflicts, write one entry."""
-        return _locked(f"{self.folder}/lock", "the registry")
+        return durable.locked(f"{self.folder}/lock", "the registry")
 
-    def locked_domain(self, domid: int) -> AbstractContextManager[None]:
+    def locked_domain(self, domid: int, *, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Be the only command that acts on one domain.
 
         Raises:
+            NotFoundError: it is gone.
             HostError: another command holds it until the deadline.
         """
-        return _locked(f"{self.directory(domid)}/lock", f"domain {domid}")
+        return durable.locked(f"{self.directory(domid)}/lock", f"domain {domid}", timeout_s=timeout_s)
 
     def domids(self) -> tuple[int, ...]:
         """Return the domids in use, in order."""
+        return tuple(sorted(int(name) for name in self._names() if name.isascii() and name.isdecimal()))
+
+    def debris(self) -> tuple[str, ...]:
+        """Return the paths of what writes and removals that were cut short have left."""
+        found = [f"{self.folder}/domains/{name}" for name in self._names() if name.startswith(_GONE)]
+        folders = [self.folder, *(self.directory(domid) for domid in self.domids())]
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                found += [f"{folder}/{name}" for name in os.listdir(folder) if durable.is_beside(name)]
+        return tuple(found)
+
+    def _names(self) -> list[str]:
         try:
-            names = os.listdir(f"{self.folder}/domains")
+            return os.listdir(f"{self.folder}/domains")
         except FileNotFoundError:
-            return ()
+            return []
         except PermissionError as error:
             raise HostError(f"cannot read {self.folder}", fix="run this as root") from error
-        return tuple(sorted(int(name) for name in names if name.isascii() and name.isdecimal()))
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return every domain, in order of domid.
+        """Return every domain, in order of domid; one whose entry is damaged as far as the kernel shows it."""
+        return tuple(entry for entry in map(self.read, self.domids()) if entry is not None)
+
+    def read(self, domid: int) -> Entry | None:
+        """Return one domain; None if there is none: it was removed, or is only just being made.
 
         Raises:
-            HostError: an entry is damaged. What it holds is not known, so nothing new may start beside it.
+            HostError: this is not root.
         """
-        found, damaged = self.readable()
-        if damaged:
-            raise damaged[0]
-        return found
-
-    def readable(self) -> tuple[tuple[Entry, ...], tuple[HostError, ...]]:
-        """Return every domain that can be read, and what is wrong with the others: one must not hide the rest."""
-        found: list[Entry] = []
-        damaged: list[HostError] = []
-        for domid in self.domids():
+        which = _which(f"{self.directory(domid)}/{_STATE}")
+        if domid in self._seen and self._seen[domid][0] == which != (0, 0, 0):
+            return self._seen[domid][1]
+        cause: list[str] = []
+        for name in (_STATE, _COPY):
+            path = f"{self.directory(domid)}/{name}"
             try:
-                entry = self._read(domid)
+                data = durable.load(path)
+                if data is not None:
+                    entry = decode(data)
+                    if name == _STATE and which == _which(path):
+                        self._seen[domid] = (which, entry)
+                    return entry
+            except durable.DamagedError as error:
+                cause.append(f"{error}: {error.cause or error.__cause__}")
             except HostError as error:
-                damaged.append(error)
-                continue
-            if entry is not None:
-                found.append(entry)
-        return tuple(found), tuple(damaged)
+                if not error.cause:
+                    raise
+                cause.append(f"{path} {error}: {error.cause}")
+        if not cause:
+            return None
+        from depriv.recover import rebuild  # noqa: PLC0415 (never needed, but for this)
+
+        return rebuild(domid, self.cgroup(domid), cause[0])
 
     def find(self, name: str) -> Entry:
         """Return a domain by its name or domid.
@@ -146,14 +159,13 @@ class Registry:
         Raises:
             NotFoundError: there is none.
         """
-        entries, damaged = self.readable()
-        # A number is a domid before it is a name, whatever order they were made in: `destroy 7` ends domain 7.
+        # One that is quarantined has given up its name. A number is a domid before it is a name, whatever order they
+        # were made in: `destroy 7` ends domain 7.
+        entries = sorted(self.entries(), key=lambda entry: entry.state == "quarantined")
         for key in ("domid", "name"):
             for entry in entries:
                 if name == str(getattr(entry, key)):
                     return entry
-        if damaged:
-            raise damaged[0]  # it may be the one
         raise NotFoundError(f"there is no domain {name!r}", fix="see depriv list")
 
     def current(self, entry: Entry) -> Entry:
@@ -162,13 +174,32 @@ class Registry:
         Raises:
             NotFoundError: another command has ended the domain meanwhile.
         """
-        now = self._read(entry.domid)
-        if now is None or (now.name, now.created_at_s) != (entry.name, entry.created_at_s):
+        now = self.read(entry.domid)
+        if now is None or not (now.same_life(entry) or "damaged" in (now.state, entry.state)):
             raise NotFoundError(f"domain {entry.name} is gone: another command ended it", fix="see depriv list")
         return now
 
+    def life(self, entry: Entry) -> str:
+        """Return whether a domain's QEMU lives, from the kernel: "running", "dead-leader", "dead"; "" if not started.
+
+        One of an earlier boot is dead, whoever has its number now.
+        """
+        if entry.state == "damaged":
+            return "running" if cgroup.members(entry.cgroup) else "dead"
+        if entry.expected is None:
+            return ""
+        if entry.boot_id != self.boot_id:
+            return "dead"
+        return proc.alive(entry.expected.pid, entry.expected.starttime)
+
+    def is_starting(self, entry: Entry) -> bool:
+        """Tell whether the command that starts a domain is still at it."""
+        if entry.state != "starting" or entry.boot_id != self.boot_id:
+            return False
+        return proc.alive(entry.toolstack_pid, entry.toolstack_starttime) != "dead"
+
     def next_domid(self) -> int:
-        """Return the next free domid, counting up: one that was freed lately is not it.
+        """Return the next free domid, counting up: one that was freed lately is not it, nor another registry's.
 
         Raises:
             PlanError: all are in use or were, a moment ago.
@@ -176,13 +207,15 @@ class Registry:
         used = set(self.domids())
         history = self._history()
         now = time.clock_gettime(time.CLOCK_BOOTTIME)  # counts on when somebody sets the clock
-        recent = {domid for domid, freed in history.items() if now - freed < REUSE_DELAY_S}
+        resting = {domid for domid, freed in history.items() if now - freed < REUSE_DELAY_S}
+        # A uid belongs to one domain of the host, whichever registry knows it; and what has a cgroup may live.
+        resting |= {leaf.domid for leaf in cgroup.leaves()}
         last = max(history, key=lambda domid: history[domid], default=0)
         last = max(last, max(used, default=0)) if last < DOMID_LAST else 0
         count = DOMID_LAST - DOMID_FIRST + 1
         for offset in range(count):
             domid = DOMID_FIRST + (last + offset) % count
-            if domid not in used and domid not in recent:
+            if domid not in used and domid not in resting:
                 return domid
         raise PlanError(
             f"all {count} domids are in use, or were within the last {REUSE_DELAY_S} seconds",
@@ -200,7 +233,9 @@ class Registry:
         try:
             os.mkdir(self.directory(entry.domid), 0o700)
         except OSError as error:
-            raise HostError(f"cannot make {self.directory(entry.domid)}") from error
+            raise HostError(
+                f"cannot make {self.directory(entry.domid)}", fix="see that there is room: df -h /run"
+            ) from error
         try:
             held.enter_context(self.locked_domain(entry.domid))
             self.save(entry)
@@ -210,161 +245,112 @@ class Registry:
 
     def save(self, entry: Entry) -> None:
         """Replace a domain's entry: all of it or nothing."""
-        _write(f"{self.directory(entry.domid)}/state.json", json.dumps(_encode(entry)).encode())
+        directory = self.directory(entry.domid)
+        durable.write((f"{directory}/{_COPY}", f"{directory}/{_STATE}"), encode(entry))
 
-    def sweep(self) -> None:
-        """Remove folders without an entry. The registry must be locked.
+    def note_end(self, domid: int, how: str) -> None:
+        """Write down how a guest ended, as QEMU said it: one of ENDS. For whoever sees to its end."""
+        durable.write((f"{self.directory(domid)}/ended",), {"ended": how})
+
+    def end_noted(self, domid: int) -> str:
+        """Return what ``note_end`` wrote, or ""."""
+        try:
+            data = durable.load(f"{self.directory(domid)}/ended") or {}
+        except durable.DamagedError:
+            return ""
+        found = data.get("ended")
+        return found if isinstance(found, str) and found in ENDS else ""
+
+    def forget_end(self, domid: int) -> None:
+        """Remove what ``note_end`` wrote: the guest is up again."""
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self.directory(domid)}/ended")
+
+    def empty_folders(self) -> tuple[int, ...]:
+        """Return the domids of folders without an entry. The registry must be locked.
 
         An entry is written under that lock: what has none was left by a start that was killed right there.
         """
-        for domid in self.domids():
-            if not os.path.lexists(f"{self.directory(domid)}/state.json") and os.path.isdir(self.directory(domid)):
-                self._remove_folder(domid)
+        return tuple(domid for domid in self.domids() if not self._has_entry(domid))
 
-    def remove(self, domid: int) -> None:
-        """Forget a domain, and remember when, so that its ids rest. The registry must be locked."""
+    def _has_entry(self, domid: int) -> bool:
+        return any(os.path.lexists(f"{self.directory(domid)}/{name}") for name in (_STATE, _COPY))
+
+    def remove(self, domid: int, *, used: bool = True) -> None:
+        """Forget a domain; if its ids were used, remember when, so that they rest. The registry must be locked.
+
+        Raises:
+            HostError: /run is read-only, or there is no room; the entry may still be there.
+        """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        try:
-            history = {key: at for key, at in self._history().items() if now - at < REUSE_DELAY_S}
-        except HostError:
-            history = {}  # damaged: what else was freed lately is lost, but this domain has to go
-        history[domid] = now
-        self._remove_folder(domid)  # first: on a full file system it makes the room for what follows
-        _write(f"{self.folder}/history.json", json.dumps(history).encode())
+        history = {key: at for key, at in self._history().items() if now - at < REUSE_DELAY_S}
+        if used:
+            history[domid] = now
+        written = False
+        if used:
+            with contextlib.suppress(HostError):  # full: removing the folder makes the room
+                self._write_history(history)
+                written = True
+        self._remove_folder(domid)
+        if used and not written:
+            self._write_history(history)
 
     def _remove_folder(self, domid: int) -> None:
-        folder = self.directory(domid)
+        """Take a folder out of sight at once, then apart: a kill in between leaves no half of a domain."""
+        away = f"{self.folder}/domains/{_GONE}{domid}-{time.monotonic_ns()}"
         try:
-            for name in os.listdir(folder):
-                os.unlink(f"{folder}/{name}")
-            os.rmdir(folder)
+            os.rename(self.directory(domid), away)
+        except FileNotFoundError:
+            return
         except OSError as error:
-            raise HostError(f"cannot remove {folder}", fix="see what is in it; depriv puts only files there") from error
+            raise HostError(f"cannot remove {self.directory(domid)}", fix="see that /run is writable") from error
+        remove_tree(away)
+
+    def _write_history(self, history: dict[int, float]) -> None:
+        durable.write((f"{self.folder}/history.json",), {"boot": self.boot_id, "freed": history})
 
     def _history(self) -> dict[int, float]:
-        """Return domid -> when it was freed, in seconds of the boot clock."""
-        data = _load(f"{self.folder}/history.json")
+        """Return domid -> when it was freed, in seconds of this boot's clock; nothing if that cannot be read.
+
+        What was freed lately is then not known; but an id is never used before it is seen that nobody has it.
+        """
         try:
-            return {int(key): float(at) for key, at in (data or {}).items()}
-        except (TypeError, ValueError) as error:
-            path = f"{self.folder}/history.json"
-            raise HostError(f"{path} is damaged", fix=f"wait a minute, then remove it: rm {path}") from error
-
-    def _read(self, domid: int) -> Entry | None:
-        """Return one entry; None if it was removed meanwhile or is only just being made."""
-        data = _load(f"{self.directory(domid)}/state.json")
-        if data is None:
-            return None
-        try:
-            return _decode(data)
-        except HostError as error:
-            error.what = f"{self.directory(domid)}/state.json {error.what}"
-            raise
+            data = durable.load(f"{self.folder}/history.json") or {}
+            freed = data["freed"] if data.get("boot") == self.boot_id else {}
+            return {int(domid): float(at) for domid, at in freed.items()}
+        except (durable.DamagedError, AttributeError, KeyError, TypeError, ValueError):
+            return {}
 
 
-@contextlib.contextmanager
-def _locked(path: str, what: str) -> Generator[None]:
-    """Hold an exclusive lock on a file, or fail at the deadline naming who holds it."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+def _which(path: str) -> tuple[int, int, int]:
+    """Return what tells a file from the one that replaces it."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{what} is gone") from error
-    except OSError as error:
-        raise HostError(f"cannot lock {what}", fix="run this as root") from error
-    try:
-        while not _try_lock(fd):
-            if time.monotonic() > deadline:
-                holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                raise HostError(
-                    f"another command has been busy with {what} for {LOCK_TIMEOUT_S:.0f} seconds",
-                    cause=f"process {holder or 'unknown'} holds {path}",
-                    fix="wait for it, or end it",
-                )
-            time.sleep(0.005)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+        have = os.lstat(path)
+    except OSError:
+        return (0, 0, 0)
+    return (have.st_ino, have.st_mtime_ns, have.st_size)
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _write(path: str, data: bytes) -> None:
-    """Write beside, sync, rename: a reader finds the old or the new, whole."""
-    beside = f"{path}.{os.getpid()}"
-    try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if os.write(fd, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise HostError(f"cannot write {path}", fix="see that there is room: df -h /run") from error
-
-
-def _load(path: str) -> dict[str, Any] | None:
-    """Return the file's JSON, or None if there is no such file.
+def remove_tree(path: str) -> None:
+    """Remove a file, or a folder of files, of ours.
 
     Raises:
-        HostError: the file is none that we wrote.
+        HostError: it stays, or a part of it.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            names = os.listdir(path)
+        except NotADirectoryError:
+            os.unlink(path)
+            return
+        for name in names:
+            inner = f"{path}/{name}"
+            if os.path.isdir(inner) and not os.path.islink(inner):
+                remove_tree(inner)
+            else:
+                os.unlink(inner)
+        os.rmdir(path)
     except FileNotFoundError:
-        return None
-    except PermissionError as error:
-        raise HostError(f"cannot read {path}", fix="run this as root") from error
+        return
     except OSError as error:
-        raise HostError(f"cannot read {path}", fix="see what it is: depriv puts only regular files there") from error
-    try:
-        data: object = json.loads(os.read(fd, _STATE_BYTES_MAX))
-        if not isinstance(data, dict):
-            raise ValueError("no object")  # noqa: TRY004, TRY301 (the file's content is wrong, one handler)
-        return cast("dict[str, Any]", data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise HostError(
-            f"{path} is damaged", fix="see what still runs of it (ps, systemd-cgls) before you remove it"
-        ) from error
-    finally:
-        os.close(fd)
-
-
-def _encode(entry: Entry) -> dict[str, object]:
-    data = entry.as_dict()
-    if entry.expected is not None:
-        expected = entry.expected.as_dict()
-        expected["limits"] = [limit.as_dict() for limit in entry.expected.limits]
-        expected["grants"] = [grant.as_dict() for grant in entry.expected.grants]
-        data["expected"] = expected
-    return {"version": _VERSION, **data}
-
-
-def _decode(data: dict[str, Any]) -> Entry:
-    """Return the entry, or raise ``HostError``: a file of another version is not guessed at."""
-    try:
-        if data.pop("version") != _VERSION:
-            raise ValueError("it is of another version of depriv")  # noqa: TRY301 (one handler for all that is wrong)
-        expected = data.pop("expected")
-        if expected is not None:
-            expected["limits"] = tuple(Limit(**limit) for limit in expected["limits"])
-            expected["grants"] = tuple(Grant(**grant) for grant in expected["grants"])
-            expected["environ"] = tuple(expected["environ"])
-            expected = Expected(**expected)
-        data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
-        return Entry(**data, expected=expected)
-    except (KeyError, TypeError, ValueError) as error:
-        fix = "see what still runs of it, and which version of depriv wrote it"
-        raise HostError("cannot be read by this version", cause=repr(error), fix=fix) from error
+        raise HostError(f"cannot remove {path}", fix="see what is in it; depriv puts only files there") from error

@@ -11,11 +11,11 @@ dumpable (would_dump() in fs/exec.c). The copy is used until any of the original
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
 
+from depriv.durable import is_beside, locked
 from depriv.errors import HostError
 from depriv.qemu.cmdline import PRIVATE
 from depriv.records import Record
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MANIFEST = "manifest.json"
 _VERSION = 1
+_LOCK_TIMEOUT_S = 90.0  # whoever holds it does a dry run, which has its own deadlines
 
 
 class Source(Record):
@@ -70,14 +71,10 @@ def _locked(parent: str) -> Generator[None]:
                 os.mkdir(folder)
                 os.chmod(folder, 0o755)  # noqa: S103 (whatever the caller's umask: QEMU reads here)
         _check_owner(parent)
-        fd = os.open(f"{parent}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise HostError(f"cannot use {parent}", fix="run this as root, on a host where /var is writable") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # its holder ends within the deadlines of a start
+    with locked(f"{parent}.lock", "the copies of QEMU's files", timeout_s=_LOCK_TIMEOUT_S):
         yield
-    finally:
-        os.close(fd)
 
 
 def _is_current(launch: Launch) -> bool:
@@ -183,6 +180,16 @@ def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
     os.chmod(target, mode)
     # The name it is opened by, not the real one: a link that leads elsewhere by now makes the copy stale.
     return (path, have.st_size, have.st_mtime_ns, have.st_ino)
+
+
+def half_made(cache_dir: str) -> tuple[str, ...]:
+    """Return the folders that a command was making when it was killed."""
+    parent = f"{cache_dir}/runtime"
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return ()
+    return tuple(f"{parent}/{name}" for name in names if is_beside(name))
 
 
 def _remove_stale(parent: str) -> None:

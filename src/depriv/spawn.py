@@ -71,6 +71,11 @@ class Jail:
         theirs.close()
         self._buffer = b""
 
+    @property
+    def pid(self) -> int:
+        """The jail's process; 0 once it has ended."""
+        return self._pid
+
     def __enter__(self) -> Self:
         """Return itself."""
         return self

@@ -17,13 +17,15 @@ NAMESPACES = ("mnt", "ipc", "net", "uts", "pid", "cgroup")
 
 
 class Reap(Record):
-    """Kill every process of ``uid``, and end only when none is left.
+    """Kill every process of ``uid``, and end only when none with it or with ``gid`` is left.
 
-    A process with real uid ``reaper_uid`` and effective uid ``uid`` sends the signal, so that what it kills may not
-    kill it back. ``lock`` is a file: two reapers at once would kill each other.
+    Who has ``gid`` and another uid is not killed, but makes the step fail. A process with real uid ``reaper_uid`` and
+    effective uid ``uid`` sends the signal, so that what it kills may not kill it back. ``lock`` is a file: two reapers
+    at once would kill each other.
     """
 
     uid: int
+    gid: int
     reaper_uid: int
     lock: str
     timeout_ms: int = 5000
@@ -262,7 +264,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 (one line per s
     """Return the one line used by `plan`, by errors and by the benchmark's breakdown."""
     match step:
         case Reap():
-            return f"kill every process of uid {step.uid}, as reaper {step.reaper_uid}, and see that none is left"
+            whom = f"every process of uid {step.uid}, as reaper {step.reaper_uid}"
+            return f"kill {whom}, and see that none of it or of gid {step.gid} is left"
         case OpenFile():
             where = "kept by the jail" if step.number < 0 else f"as descriptor {step.number}"
             return f"open {step.path} {step.access} ({step.kind}) for {step.role}, {where}"

@@ -43,3 +43,14 @@ def _escaped(text: str, *, keep: str) -> str:
     return "".join(
         char if char in keep or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
     )
+
+
+def digest(key: tuple[str, ...]) -> str:
+    """Return a short name for a key: 64-bit FNV-1a, twice. It names folders; it guards nothing."""
+    result = ""
+    for seed in (0xCBF29CE484222325, 0x84222325CBF29CE4):
+        value = seed
+        for byte in "\n".join(key).encode():
+            value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+        result += f"{value:016x}"
+    return result

@@ -54,6 +54,7 @@ _INSTEAD = {
     "drive": "disk = [...]", "hda": "disk = [...]", "hdb": "disk = [...]", "hdc": "disk = [...]",
     "hdd": "disk = [...]", "cdrom": "disk = [...]", "blockdev": "disk = [...]", "sd": "disk = [...]",
     "runas": 'device_model_user = "..."', "no-reboot": 'on_reboot = "destroy"', "action": "on_reboot and on_crash",
+    "no-shutdown": 'on_poweroff = "preserve"',
 }  # fmt: skip
 
 # Devices which exist in QEMU's memory alone. A name ending in * stands for all that start so.

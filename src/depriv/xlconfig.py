@@ -9,7 +9,7 @@ the host is refused. Source of the defaults and of each key's meaning: Xen's too
 
 from __future__ import annotations
 
-from depriv.config import Domain, Note
+from depriv.config import ACTIONS, Domain, Note, no_second_life
 from depriv.errors import ConfigError
 from depriv.xlargs import check_arguments
 from depriv.xlcfg import Setting, Value, error_at, parse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_NAME = 63
 _NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-"
-_ACTIONS = ("destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart", "soft-reset")
+_XL_ACTIONS = (*ACTIONS, "coredump-destroy", "coredump-restart", "soft-reset")
 _MAX_OFFSET_S = 1 << 31
 _TRUE_WORDS = ("true", "yes", "on", "enable", "enabled", "y", "t")
 _FALSE_WORDS = ("false", "no", "off", "disable", "disabled", "n", "f", "none", "")
@@ -89,7 +89,7 @@ def load_domain(text: str | bytes, *, source: str, arguments: tuple[str, ...] = 
         **_size(reader),
         **_kernel(reader),
         **_firmware(reader, kind),
-        **_actions(reader),
+        **_actions(reader, disks),
         **_device_model(reader, kind),
         # Last, when everything has been noted.
         notes=tuple(reader.notes),
@@ -359,17 +359,26 @@ def _firmware(reader: _Reader, kind: str) -> dict[str, Any]:
     return {"bios": bios, "firmware": path}
 
 
-def _actions(reader: _Reader) -> dict[str, Any]:
+def _actions(reader: _Reader, disks: tuple[Disk, ...]) -> dict[str, Any]:
     """Return what happens when the guest ends."""
     found: dict[str, Any] = {}
-    for key in ("on_poweroff", "on_reboot", "on_crash", "on_watchdog", "on_soft_reset"):
+    for key in ("on_watchdog", "on_soft_reset"):  # without effect, which is noted already
+        reader.choice(key, _XL_ACTIONS, "")
+    for key in ("on_poweroff", "on_reboot", "on_crash"):
         if key not in reader.settings:
             continue
-        action = reader.choice(key, _ACTIONS, "")
-        if action.startswith("coredump-"):
-            reader.note(key, f"{key}: the guest's memory is not dumped by this version", warning=True)
-        if key not in ("on_watchdog", "on_soft_reset"):
-            found[key] = action
+        action = reader.text(key)
+        if action.startswith("coredump-") and action in _XL_ACTIONS:
+            what = f"{key} = {action} is refused: a dump is all of the guest's memory, and QEMU can open no file for it"
+            fix = f'write "{action.removeprefix("coredump-")}", or "preserve": the guest stays stopped, to be looked at'
+            raise reader.bad(key, what, fix)
+        if action == "soft-reset":
+            what = f"{key} = soft-reset is refused: it hands a guest of Xen's over to its crash kernel"
+            raise reader.bad(key, what, 'write "restart"')
+        found[key] = reader.choice(key, ACTIONS, "")
+        reason, fix = no_second_life(disks, reader.text("device_model_user"))
+        if action == "rename-restart" and reason:
+            raise reader.bad(key, f"{key} = rename-restart is refused: {reason}", fix)
     return found
 
 

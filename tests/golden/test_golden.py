@@ -174,6 +174,24 @@ def test_kernels_command_line_may_look_like_an_option_of_qemu() -> None:
         assert argv[argv.index("-append") + 1] == text
 
 
+@pytest.mark.parametrize(
+    ("machine", "arguments", "count"),
+    [("pc", (), 1), ("q35", (), 1), ("microvm", (), 0), ("pc", ("-device", "pvpanic"), 1), ("q35", ("-usb",), 1)],
+)
+def test_guest_has_one_device_to_tell_its_panic_to(machine: str, arguments: tuple[str, ...], count: int) -> None:
+    """QEMU does not start with two: "duplicate fw_cfg file name"."""
+    config = Domain(name="x", accel="tcg", machine=machine, device_model_args=arguments)
+    assert plan(config, read_host("debian12")).plan.steps[-1].as_dict()["argv"].count("pvpanic") == count
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+@pytest.mark.parametrize(("action", "stops"), [("restart", 0), ("destroy", 1), ("preserve", 1), ("rename-restart", 1)])
+def test_qemu_stops_at_a_reset_unless_it_is_to_restart_the_guest(action: str, stops: int, *, restricted: bool) -> None:
+    config = Domain(name="x", accel="tcg", on_reboot=action, dm_restrict=restricted)
+    argv = plan(config, read_host("debian12")).plan.steps[-1].as_dict()["argv"]
+    assert (argv.count("-no-reboot"), argv.count("-no-shutdown")) == (stops, 1)
+
+
 def test_more_images_than_descriptors_are_the_configurations_fault() -> None:
     host = read_host("debian12")
     files = tuple(FileFacts(path=f"/srv/{n}", kind="file", dev=1, ino=9 + n, size=1 << 20) for n in range(104))

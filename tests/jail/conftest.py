@@ -11,7 +11,7 @@ import pytest
 from tests.support import host
 from tests.support.launch import REAPER_UID, UIDS, Ground
 
-from depriv.detect import find_cgroup
+from depriv.cgroup import find_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Generator

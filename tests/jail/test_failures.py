@@ -19,8 +19,8 @@ from tests.support import host
 from tests.support.launch import TIMEOUT_S, ended, injected, running, wait_for
 
 from depriv import steps
+from depriv.cgroup import find_cgroup
 from depriv.check import check
-from depriv.detect import find_cgroup
 from depriv.errors import JailError
 from depriv.spawn import Jail
 

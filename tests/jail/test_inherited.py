@@ -21,7 +21,7 @@ from tests.support.launch import TIMEOUT_S, Running, running, wait_for
 
 from depriv import proc
 from depriv.errors import MonitorError
-from depriv.lifecycle import Log
+from depriv.guestlog import Log
 from depriv.qmp import Monitor
 from depriv.spawn import Jail
 

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill by uid, tried where nobody else can be hit: every test is process 1 of a pid namespace of its own.
-
-The code below each test runs there, as root, after PROLOGUE; it says what it found as JSON on its last line.
-"""
+"""Kill by uid, tried where nobody else can be hit: every test is process 1 of a pid namespace of its own."""
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.support import build, host
+from tests.support.apart import run
 from tests.support.linux import cache_directory
 
 from depriv.check import check
@@ -29,71 +25,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-PROLOGUE = r"""
-import errno, fcntl, json, os, signal, subprocess, sys, time
-# Before anything: nobody but our own children is in reach.
-assert os.getpid() == 1
-assert os.readlink("/proc/self/ns/pid") != sys.argv[1]
-assert sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) == [1]
-from depriv.jail.reap import living, reap
-from depriv.steps import Reap
-
-A, B, REAPER = 76001, 76002, 76003
-LOCK = sys.argv[2] + "/lock"
-STEP = Reap(uid=A, reaper_uid=REAPER, lock=LOCK, timeout_ms=5000)
-
-def start(uid, body, ruid=None):
-    '''Fork a process of uid that does body and then waits; return its pid once it is that uid.'''
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups(())
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid if ruid is None else ruid, uid, uid)
-            os.write(writes, b"x")
-            body()
-            while True:
-                signal.pause()
-        finally:
-            os._exit(9)
-    assert os.read(reads, 1) == b"x"
-    os.close(reads)
-    os.close(writes)
-    return pid
-
-def wait():
-    pass
-
-def ends(pid):
-    '''Collect a child that was killed; return the signal, or 0 if it still lives.'''
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    return os.WTERMSIG(status) if ended else 0
-
-def refusal(step, function=reap):
-    begun = time.monotonic()
-    try:
-        function(step)
-    except OSError as error:
-        return [error.errno, time.monotonic() - begun]
-    return [0, time.monotonic() - begun]
-"""
-
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Any:
     """Return a function that runs code as process 1 of a new pid namespace and returns what it says."""
     host.need(os.geteuid() == 0, what="root")
     host.need(shutil.which("unshare") is not None, what="unshare")
-
-    def run(code: str, *words: str) -> Any:
-        inner = [sys.executable, "-c", PROLOGUE + textwrap.dedent(code), os.readlink("/proc/self/ns/pid")]
-        argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *inner, str(tmp_path), *words]
-        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+    return functools.partial(run, tmp_path)
 
 
 def test_all_processes_of_the_uid_die_and_nobody_elses(apart: Any) -> None:
@@ -113,7 +51,7 @@ def test_all_processes_of_the_uid_die_and_nobody_elses(apart: Any) -> None:
 
 
 def test_uid_of_nobody_is_reaped_at_once(apart: Any) -> None:
-    number, elapsed = apart("print(json.dumps(refusal(STEP)))")
+    number, elapsed, _ = apart("print(json.dumps(refusal(STEP)))")
     assert number == 0
     assert elapsed < 2
 
@@ -183,9 +121,6 @@ def test_zombie_whose_threads_live_counts_as_alive_and_is_killed(apart: Any) -> 
         fd = os.open(sys.argv[3], os.O_RDONLY)
         headless = start(A, lambda: os.execv(f"/proc/self/fd/{fd}", ["x", "--threads"]))
         dead = start(A, lambda: os._exit(0))
-        def state(pid):
-            with open(f"/proc/{pid}/stat") as file:
-                return file.read().rpartition(") ")[2][0]
         deadline = time.monotonic() + 10
         while (state(headless), state(dead)) != ("Z", "Z") and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -206,7 +141,7 @@ def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) 
     """Whatever check() let through: it looks at its own uids right before it kills."""
     said = apart(f"""
         near = [start(uid, wait) for uid in (A, B, 999, REAPER)]
-        number, _ = refusal(STEP.replace({change}, timeout_ms=300))
+        number, _, _ = refusal(STEP.replace({change}, timeout_ms=300))
         print(json.dumps([number, [ends(p) for p in near]]))
     """)
     assert said[0] in (1, 22)
@@ -218,7 +153,7 @@ def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) 
     [(0, 76003), (76001, 0), (999, 76003), (76001, 999), (76001, 76001), (2**32 - 1, 76003), (65534, 76003)],
 )
 def test_dangerous_uid_is_refused_before_the_jail_begins(uid: int, reaper_uid: int) -> None:
-    step = Reap(uid=uid, reaper_uid=reaper_uid, lock="/run/lock/reaper")
+    step = Reap(uid=uid, gid=76001, reaper_uid=reaper_uid, lock="/run/lock/reaper")
     with pytest.raises(ValueError, match=r"no device model's|could be killed first"):
         check(Plan(domain="x", domid=1, restricted=True, shared=False, steps=(step,)))
 
@@ -230,19 +165,20 @@ def test_reaper_waits_for_another_and_gives_up_in_time(apart: Any, kind: str) ->
         target = start(A, wait)
         fd = os.open(LOCK, os.O_RDWR | os.O_CREAT)
         fcntl.flock(fd, fcntl.{kind})
-        number, elapsed = refusal(STEP.replace(timeout_ms=300))
+        number, elapsed, text = refusal(STEP.replace(timeout_ms=300))
+        named = "process %d (python" % os.getpid() in text
         alive = ends(target)
         os.close(fd)
         reap(STEP)
-        print(json.dumps([errno.errorcode[number], elapsed, alive, ends(target)]))
+        print(json.dumps([errno.errorcode[number], elapsed, named, alive, ends(target)]))
     """)
     assert said[0] == "ETIMEDOUT"
     assert 0.3 <= said[1] < 3
-    assert said[2:] == [0, 9]
+    assert said[2:] == [True, 0, 9]
 
 
 def test_lock_that_is_a_link_is_refused(apart: Any) -> None:
-    number, _ = apart("""
+    number, _, _ = apart("""
         os.symlink("/etc/passwd", LOCK)
         print(json.dumps(refusal(STEP)))
     """)
@@ -258,7 +194,7 @@ def test_process_that_cannot_die_in_time_is_named(apart: Any) -> None:
                 start(A, wait)
                 time.sleep(0.001)
         time.sleep(0.2)
-        number, elapsed = refusal(STEP.replace(timeout_ms=400))
+        number, elapsed, _ = refusal(STEP.replace(timeout_ms=400))
         os.kill(maker, signal.SIGKILL)
         os.waitpid(maker, 0)
         print(json.dumps([errno.errorcode.get(number, number), elapsed]))
@@ -268,16 +204,15 @@ def test_process_that_cannot_die_in_time_is_named(apart: Any) -> None:
     assert said[1] < 5
 
 
-def test_process_one_of_whose_threads_ends_while_it_is_looked_at_still_counts(apart: Any) -> None:
-    """The listing names a thread that is gone when its state is read: what the others are has to be asked, too."""
+def test_a_number_that_is_gone_when_it_is_asked_does_not_end_the_search(apart: Any) -> None:
+    """The listing names a process that has ended by the time it is read: the others still have to be looked at."""
     said = apart("""
         target = start(A, wait)
-        before = living(A)
         names = os.listdir
-        os.listdir = lambda path: [*(["99999999"] if str(path) == f"/proc/{target}/task" else []), *names(path)]
-        print(json.dumps([before == [target], living(A) == [target], living(B)]))
+        os.listdir = lambda path: ["99999999", *names(path)]
+        print(json.dumps([living(A) == [target], living(B)]))
     """)
-    assert said == [True, True, []]
+    assert said == [True, []]
 
 
 # By cgroup, where the kernel has no cgroup.kill
@@ -286,7 +221,7 @@ def test_process_one_of_whose_threads_ends_while_it_is_looked_at_still_counts(ap
 def test_nought_in_a_list_of_processes_is_nobody_to_kill(apart: Any) -> None:
     """So the kernel names processes outside of our pid namespace, and kill(0) is our own process group."""
     said = apart("""
-        from depriv.ending import kill_cgroup
+        from depriv.cgroup import kill_cgroup
         folder = sys.argv[2] + "/cgroup"
         os.mkdir(folder)
         with open(folder + "/cgroup.procs", "w") as file:
@@ -326,7 +261,7 @@ def test_cgroup_of_version_1_is_killed_process_by_process(apart: Any, old_cgroup
         Path(old_cgroup, "cgroup.procs").write_text(str(outside.pid))
         said = apart(
             """
-            from depriv.ending import kill_cgroup
+            from depriv.cgroup import kill_cgroup
             inside = [start(A, wait) for _ in range(3)]
             for pid in inside:
                 with open(sys.argv[3] + "/cgroup.procs", "w") as file:

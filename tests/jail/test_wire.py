@@ -33,7 +33,7 @@ PLAN = Plan(
     restricted=True,
     shared=False,
     # Were it done, the missing folder of the lock would be named, not "check the plan".
-    steps=(Reap(uid=76001, reaper_uid=76003, lock="/no/such/folder/lock"),),
+    steps=(Reap(uid=76001, gid=76001, reaper_uid=76003, lock="/no/such/folder/lock"),),
 )
 GOOD = codec.encode(PLAN)
 BODY = GOOD.partition(b"\n")[2]

@@ -14,7 +14,6 @@ from tests.support.guests import CommandLine
 from tests.support.host import need, settled, snapshot
 
 from depriv import demo_guest
-from depriv.detect import find_cgroup
 from depriv.identity import RANGE_BASE
 from depriv.setup import remove_setup, run_setup
 
@@ -42,8 +41,7 @@ def uids() -> Iterator[range]:
 @pytest.fixture
 def unchanged(uids: range) -> Iterator[None]:
     """Fail a test after which the host differs from before: processes, cgroups, interfaces, descriptors."""
-    folder = f"{find_cgroup()[0]}/depriv"
-    where: dict[str, Any] = {"uids": uids, "cgroups": tuple(f"{folder}/{domid}" for domid in guests.DOMIDS)}
+    where: dict[str, Any] = {"uids": uids, "domids": guests.DOMIDS}
     before = snapshot(**where)
     yield
     assert settled(before, where) == before

@@ -15,7 +15,7 @@ from tests.support.host import need
 from depriv import demo_guest
 from depriv.config import Disk, Domain, Layer
 from depriv.errors import ConfigError, DeprivError, JailError
-from depriv.lifecycle import connect
+from depriv.status import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from tests.support.host import living, settled, snapshot
 
 from depriv import proc
 from depriv.config import Domain
-from depriv.lifecycle import connect
+from depriv.status import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the attacker, once for each source and each set of arguments compiled in."""
+"""Compiles the attacker and the bombs, once for each source and each set of arguments compiled in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from depriv.records import Record
 
 SOURCE = Path(__file__).with_name("attacker.c")
+BOMBS = Path(__file__).with_name("bombs.c")
 COMPILER = ("gcc", "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu17", "-pthread")
 
 
@@ -39,19 +40,32 @@ def attacker(cache: Path, *, arguments: tuple[str, ...] = ()) -> Path:
     Raises:
         RuntimeError: there is no gcc, no static C library, or the source does not compile.
     """
+    return _compiled(SOURCE, cache, arguments)
+
+
+def bombs(cache: Path) -> Path:
+    """Return the path of the processes that will not go, compiled into ``cache``, a directory, unless it is there.
+
+    Raises:
+        RuntimeError: there is no gcc, no static C library, or the source does not compile.
+    """
+    return _compiled(BOMBS, cache, ())
+
+
+def _compiled(source: Path, cache: Path, arguments: tuple[str, ...]) -> Path:
     if shutil.which("gcc") is None:
         raise RuntimeError("the attacker needs gcc and libc6-dev: without it nothing is proved")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((COMPILER, arguments)).encode()).hexdigest()[:16]
-    final = cache / f"attacker-{key}"
+    key = hashlib.sha256(source.read_bytes() + repr((COMPILER, arguments)).encode()).hexdigest()[:16]
+    final = cache / f"{source.stem}-{key}"
     if final.exists():
         return final
     baked = "".join(json.dumps(word) + "," for word in arguments)  # JSON's strings are C's, for plain text
     with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as work:
-        argv = [*COMPILER, f"-DBAKED={baked}", "-o", f"{work}/attacker", str(SOURCE)]
+        argv = [*COMPILER, f"-DBAKED={baked}", "-o", f"{work}/program", str(source)]
         done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=120)
         if done.returncode != 0:
-            raise RuntimeError(f"the attacker does not compile: {done.stderr}")
-        os.rename(f"{work}/attacker", final)
+            raise RuntimeError(f"{source.name} does not compile: {done.stderr}")
+        os.rename(f"{work}/program", final)
     return final
 
 

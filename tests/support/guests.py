@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.host import snapshot
 
-from depriv import lifecycle
+from depriv import proc, status
 from depriv.api import Toolstack
 from depriv.errors import DeprivError
 from depriv.text import console_safe
@@ -51,7 +51,7 @@ def seed_history(folder: Path, domids: Iterable[int]) -> None:
     """Write down that ``domids`` were freed a moment ago."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     path = folder / "history.json"
-    path.write_text(json.dumps(dict.fromkeys(map(str, domids), now)))
+    path.write_text(json.dumps({"boot": proc.boot_id(), "freed": dict.fromkeys(map(str, domids), now)}))
     path.chmod(0o600)
 
 
@@ -100,7 +100,7 @@ def await_state(guest: Guest, wanted: str, *, within_s: float = PATIENCE_S) -> N
 def qmp(host: Toolstack, guest: Guest, command: str, **arguments: object) -> Any:
     """Return QEMU's answer to one command."""
     entry = host.registry.find(str(guest.domid))
-    with lifecycle.connect(entry, host.registry, timeout_s=10) as monitor:
+    with status.connect(entry, host.registry, timeout_s=10) as monitor:
         return monitor.execute(command, arguments, timeout_s=60)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from depriv import proc
-from depriv.detect import find_cgroup
+from depriv.cgroup import leaves
 from depriv.records import Record
 
 if TYPE_CHECKING:
@@ -34,18 +34,21 @@ class HostState(Record):
     fds: tuple[str, ...]  # descriptors of this process and what they lead to
 
 
-def snapshot(*, folder: str = "", uids: range = range(0), cgroups: tuple[str, ...] = ()) -> HostState:
+def snapshot(
+    *, folder: str = "", uids: range = range(0), cgroups: tuple[str, ...] = (), domids: range = range(0)
+) -> HostState:
     """Return what is there now.
 
     Args:
         folder: A state folder, or what holds several; "": none.
         uids: Ids that only the test hands out.
         cgroups: Directories that only the test makes.
+        domids: Ids of domains that only the test makes, in whichever registry: their cgroups, too.
     """
     return HostState(
         processes=_processes(uids),
         children=_children(),
-        cgroups=tuple(path for path in cgroups if os.path.exists(path)),
+        cgroups=(*(path for path in cgroups if os.path.exists(path)), *_domain_cgroups(domids)),
         mounts=_mounts(folder),
         interfaces=tuple(sorted(os.listdir("/sys/class/net"))),
         files=tuple(_files(folder)) if folder else (),
@@ -53,9 +56,9 @@ def snapshot(*, folder: str = "", uids: range = range(0), cgroups: tuple[str, ..
     )
 
 
-def domain_cgroups(domids: range) -> tuple[str, ...]:
-    """Return the directories that domains with these ids have as cgroups."""
-    return tuple(f"{find_cgroup()[0]}/depriv/{domid}" for domid in domids)
+def _domain_cgroups(domids: range) -> tuple[str, ...]:
+    """Return the cgroups of domains with these ids, whichever registry they are of."""
+    return tuple(sorted(leaf.path for leaf in leaves() if leaf.domid in domids)) if domids else ()
 
 
 def settled(before: HostState, where: dict[str, Any], *, timeout_s: float = 5.0) -> HostState:

@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING
 from tests.support import build, host
 from tests.support.linux import cache_directory
 
-from depriv import lifecycle, planner, steps
+from depriv import lifecycle, planner, proc, steps
+from depriv.cgroup import find_cgroup
 from depriv.config import Disk, Domain
-from depriv.detect import find_cgroup, look_at
+from depriv.detect import look_at
+from depriv.entry import Entry
+from depriv.guestlog import Log
 from depriv.host import Host, Program
 from depriv.identity import RANGE_BASE, REAPER, Accounts, Group, User
 from depriv.registry import Registry
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from depriv.planner import Launch
-    from depriv.registry import Entry
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
 DISK_FD = 10  # of the first disk; the planner's number
@@ -115,8 +117,31 @@ class Ground:
         act = act.replace(argv=(*act.argv, *words))
         launch = launch.replace(plan=launch.plan.replace(steps=(*launch.plan.steps[:-1], act)))
         with contextlib.ExitStack() as held:
-            self.registry.add(lifecycle._reserve(config, launch, domid), held)
+            self.registry.add(self._entry(config, launch), held)
         return launch
+
+    def _entry(self, config: Domain, launch: Launch) -> Entry:
+        """Return what the registry is to hold of a domain that is about to be launched."""
+        entry = Entry(
+            name=config.name,
+            domid=launch.plan.domid,
+            state="starting",
+            uid=0,
+            gid=0,
+            reaper_uid=0,
+            shared=False,
+            restricted=config.dm_restrict,
+            memory_mib=config.memory_mib,
+            vcpus=config.vcpus,
+            accel="",
+            cgroup="",
+            boot_id=proc.boot_id(),
+            created_boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            created_at_s=int(time.time()),
+            toolstack_pid=os.getpid(),
+            toolstack_starttime=proc.start_time(os.getpid()),
+        )
+        return lifecycle._committed(entry, launch)
 
     def _stand_in(self, runtime: str) -> None:
         program = runtime + PROGRAM
@@ -162,7 +187,7 @@ class Running:
         self.jail = jail
         self.launched = jail.launch(launch.plan, timeout_s=TIMEOUT_S)
         self.pid, self.pidfd = self.launched.pid, self.launched.pidfd
-        self.log = lifecycle.Log(f"{launch.directory}/log")
+        self.log = Log(f"{launch.directory}/log")
 
     def ended(self, timeout_s: float = TIMEOUT_S) -> bool:
         """Wait for its end; tell whether it came."""

@@ -185,6 +185,7 @@ def test_two_uids_in_one_plan_are_refused(plan: Plan, kind: type[Record]) -> Non
 
 
 def test_gid_of_somebody_else_is_refused() -> None:
+    refused(changed(Reap, gid=70000))
     refused(changed(SetIds, gid=70000))
     refused(changed(NewUser, gid=70000))
 

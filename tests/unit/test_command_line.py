@@ -46,6 +46,26 @@ def test_check_tells_every_error_of_grammar_with_its_place(tmp_path: Path) -> No
     assert [line.split(":")[2] for line in made.stderr.splitlines() if line.startswith("error: ")] == ["1", "3", "4"]
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "fix"),
+    [
+        ("on_crash = 'coredump-restart'", "3:12", 'write "restart", or "preserve"'),
+        ("disk = ['/a,raw,xvda,w']; on_poweroff = 'rename-restart'", "3:41", 'write "restart", which ends the old'),
+    ],
+)
+def test_ending_that_cannot_be_is_told_with_its_place_and_what_to_write(
+    text: str, place: str, fix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ends.cfg"
+    path.write_text(GOOD + text + "\n")
+    made = depriv("check", str(path))
+    assert (made.returncode, made.stdout) == (2, "")
+    error, _, mark, remedy = made.stderr.splitlines()
+    assert error.startswith(f"error: {path}:{place}: on_")
+    assert mark.strip() == "^"
+    assert remedy.startswith(f"  fix: {fix}")
+
+
 def test_what_an_argument_says_is_not_blamed_on_the_file(good: str) -> None:
     assert "argument 1:1:1: warning: vpcus is unknown" in depriv("check", good, "vpcus=2").stdout
     made = depriv("plan", good, "memory=999999999")

@@ -10,6 +10,7 @@ import pytest
 from depriv.api import Toolstack
 from depriv.config import Disk, Domain, Layer
 from depriv.errors import ConfigError, render
+from depriv.identity import SHARED
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,8 @@ from depriv.errors import ConfigError, render
         *({"disks": disks} for disks in (["x"], "x", ("x",), Disk(vdev="hdc", cdrom=True))),
         *({name: path} for name in ("kernel", "ramdisk", "firmware", "device_model_override") for path in (5, "x")),
         *({"uuid": "x,sandbox=off"}, {"boot": "z"}, {"cmdline": "a\0b"}, {"serial": "pty"}, {"vifs": (1,)}),
+        *({name: "coredump-restart"} for name in ("on_poweroff", "on_reboot", "on_crash")),
+        *({name: word} for name in ("on_poweroff", "on_reboot", "on_crash") for word in ("", "soft-reset", None)),
         *({"accel": "xen"}, {"type": "lxc"}, {"bios": "rombios"}, {"device_model_args": "-cpu"}),
         *({"dm_restrict": "no"}, {"dm_restrict": 0}, {"dm_restrict": None}, {"rtc_timeoffset_s": "1"}),
     ],
@@ -43,6 +46,38 @@ def test_no_domain_has_a_value_that_no_file_could_have_given_it(field: dict[str,
 def test_no_disk_has_a_value_that_no_file_could_have_given_it(field: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^Disk: {next(iter(field))} is "):
         Disk(**{"vdev": "xvda", "target": "/a", **field})
+
+
+WRITABLE = Disk(vdev="xvda", target="/a")
+
+
+@pytest.mark.parametrize("name", ["on_poweroff", "on_reboot", "on_crash"])
+@pytest.mark.parametrize(
+    ("field", "held"),
+    [
+        ({"disks": (WRITABLE.replace(readonly=True), WRITABLE.replace(vdev="xvdb"))}, "xvdb"),
+        ({"device_model_user": "alice"}, "the user alice"),
+    ],
+)
+def test_no_domain_is_kept_beside_the_next_one_if_it_holds_what_that_one_needs(
+    name: str, field: dict[str, Any], held: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^Domain: {name} is 'rename-restart', but .* would hold {held}, ") as caught:
+        Domain(**{"name": "x", name: "rename-restart", **field})
+    assert '"preserve"' in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {},
+        {"disks": (WRITABLE.replace(readonly=True), Disk(vdev="hdc", target="/b", cdrom=True))},
+        {"disks": (Disk(vdev="hdc", cdrom=True, format="empty"),)},
+        {"device_model_user": SHARED},
+    ],
+)
+def test_domain_that_holds_nothing_alone_may_be_kept_beside_the_next_one(field: dict[str, Any]) -> None:
+    assert Domain(**{"name": "x", "on_crash": "rename-restart", **field}).on_crash == "rename-restart"
 
 
 def test_a_backing_file_has_a_whole_path_and_a_known_format() -> None:

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from depriv.cgroup import find_cgroup
 from depriv.config import Disk, Domain, Layer
-from depriv.detect import device_number, find_cgroup, find_program, look, look_at, root_layout
+from depriv.detect import device_number, find_program, look, look_at, root_layout
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img here")
 

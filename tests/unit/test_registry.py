@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from depriv import registry as module
+from depriv import durable, proc
+from depriv.entry import Entry
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.registry import REUSE_DELAY_S, Entry, Registry
+from depriv.registry import REUSE_DELAY_S, Registry
 from depriv.report import Expected, Grant, Limit
 
 EXPECTED = Expected(
@@ -54,6 +55,8 @@ def entry(name: str = "web", domid: int = 1, expected: Expected | None = None) -
         vcpus=1,
         accel="tcg",
         cgroup="",
+        boot_id=proc.boot_id(),
+        created_boot_ns=4,
         toolstack_pid=1,
         toolstack_starttime=2,
         created_at_s=3,
@@ -75,7 +78,7 @@ def boottime() -> float:
 
 def history(registry: Registry, freed: dict[int, float]) -> None:
     with open(f"{registry.folder}/history.json", "w", encoding="ascii") as file:
-        json.dump({str(domid): at for domid, at in freed.items()}, file)
+        json.dump({"boot": proc.boot_id(), "freed": {str(domid): at for domid, at in freed.items()}}, file)
 
 
 @pytest.mark.parametrize("expected", [None, EXPECTED])
@@ -283,7 +286,7 @@ with Registry(sys.argv[1]).locked():
 def test_lock_keeps_another_command_out_and_names_who_has_it(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.2)  # the figure alone
+    monkeypatch.setattr(durable, "LOCK_TIMEOUT_S", 0.2)  # the figure alone
     argv = [sys.executable, "-c", HOLD, registry.folder]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

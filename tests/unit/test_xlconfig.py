@@ -272,6 +272,11 @@ def test_a_missing_name_is_told_with_the_file() -> None:
         "bios_path_override = 'x'",
         "bios_path_override = '/a'; firmware_override = '/b'",
         "on_crash = 'dump'",
+        "on_crash = ''",
+        "on_poweroff = 'soft-reset'",
+        "on_reboot = 'coredump-destroy'",
+        "on_crash = 'coredump-restart'",
+        "on_crash = 'coredump-x'",
         "on_watchdog = 'x'",
         "boot = 'cx'",
         "boot = 'cc'",
@@ -371,9 +376,54 @@ def test_arguments_for_the_other_type_of_guest_are_checked_and_noted() -> None:
     assert found.device_model_args == ("-no-hpet", "-usb")
 
 
-def test_core_dumps_are_announced_as_missing() -> None:
-    found = load("on_crash = 'coredump-restart'")
-    assert (found.on_crash, warnings(found)) == ("coredump-restart", ["on_crash"])
+@pytest.mark.parametrize(("action", "instead"), [("coredump-restart", "restart"), ("coredump-destroy", "destroy")])
+def test_core_dumps_are_refused_with_what_to_write_instead(action: str, instead: str) -> None:
+    error = refuse(f"on_crash = '{action}'")
+    assert (error.line, error.column) == (3, 12)
+    assert error.what.startswith(f"on_crash = {action} is refused: a dump is all of the guest's memory")
+    assert error.fix.startswith(f'write "{instead}", or "preserve"')
+
+
+def test_soft_reset_is_refused_with_what_to_write_instead() -> None:
+    error = refuse("on_crash = 'soft-reset'")
+    assert error.what.startswith("on_crash = soft-reset is refused: it hands a guest of Xen's over")
+    assert error.fix == 'write "restart"'
+
+
+@pytest.mark.parametrize("action", ["destroy", "restart", "preserve", "rename-restart"])
+@pytest.mark.parametrize("key", ["on_poweroff", "on_reboot", "on_crash"])
+def test_each_ending_takes_each_of_the_four_actions(key: str, action: str) -> None:
+    found = load(f"{key} = '{action}'")
+    assert (getattr(found, key), warnings(found)) == (action, [])
+
+
+@pytest.mark.parametrize("key", ["on_poweroff", "on_reboot", "on_crash"])
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("disk = ['/a.img,raw,xvda,w']", "xvda"), ("device_model_user = 'alice'", "the user alice")],
+)
+def test_domain_is_not_kept_beside_the_next_one_if_it_holds_what_that_one_needs(key: str, text: str, held: str) -> None:
+    error = refuse(f"{text}\n{key} = 'rename-restart'")
+    assert (error.line, error.column) == (4, len(key) + 4)
+    assert error.what.startswith(f"{key} = rename-restart is refused: the domain that is kept would hold {held}, ")
+    assert '"restart"' in error.fix
+    assert '"preserve"' in error.fix
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "disk = ['/a.img,raw,xvda,r', '/b.iso,raw,hdc:cdrom,r', ',,hdd:cdrom,r']",
+        "device_model_user = 'xen-qemuuser-shared'",
+    ],
+)
+def test_domain_that_holds_nothing_alone_may_be_kept_beside_the_next_one(text: str) -> None:
+    assert load(f"{text}\non_crash = 'rename-restart'").on_crash == "rename-restart"
+
+
+@pytest.mark.parametrize("action", ["coredump-restart", "soft-reset", "rename-restart"])
+def test_actions_of_xl_are_known_where_the_key_has_no_effect(action: str) -> None:
+    assert [note.key for note in load(f"on_watchdog = '{action}'").notes] == ["on_watchdog"]
 
 
 def test_notes_on_disks_and_cards_reach_the_domain() -> None:

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill every process of one uid, from a process that they may not kill, and see that none is left.
+"""Kill every process of one uid, from a process that they may not kill, and prove that none is left.
 
 As libxl does (kill_device_model_uid_child in libxl_dm.c), and what it leaves out: checks right before the call, a
-deadline on the lock, and proof afterwards.
+deadline on everything, a way on where the targets hold the lock, take every pid or starve the killer, and proof.
+
+kill(-1) holds tasklist_lock for all of them (kill_something_info in kernel/signal.c), and fork fails with a signal
+pending (copy_process in kernel/fork.c, Linux 6.1): whoever it hits has no child any more, and keeps its number until
+it is dead. So a listing of /proc after a *completed* call misses none, while alone it proves nothing: a chain of
+short lives slips through it.
 """
 
 from __future__ import annotations
@@ -11,77 +16,190 @@ import fcntl
 import os
 import time
 
+from depriv.jail import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.steps import Reap
 
+    Found = tuple[int, str, bool]  # pid, state as in proc_pid_status(5), and whether a uid matched or only a gid
+
 _SIGKILL = 9
-_UID_MIN = 1000
+_EPERM, _EAGAIN, _ENOMEM, _EBUSY, _EROFS, _ETIMEDOUT = 1, 11, 12, 16, 30, 110  # <asm-generic/errno.h>
+_LATE = 126  # exit status of a killer that was too late to kill; no errno of ours
+_UID_MIN, _UID_MAX = 1000, 0xFFFFFFFD  # -1, and in 16 bits -2, are for "leave it" and for nobody
+_POLL_S = 0.001
+_SETTLE_S = 0.05  # for the dying to be dead before all is done again
+_PATIENCE_S = 0.25  # ten thousand processes take kill(-1) about that long
+_SLICE_S = 0.01
 
 
 def reap(step: Reap, _state: object = None) -> None:
-    """Leave no process of ``step.uid`` alive.
+    """Leave no process alive with ``step.uid`` among its four uids or ``step.gid`` among its four gids.
+
+    Those with the gid and not the uid are never killed: they are somebody's, and make it fail.
 
     Raises:
-        OSError: the lock was not to be had in time (ETIMEDOUT), the killer failed, or a process of the uid is still
-            there (EBUSY). The uid must then not be used.
+        OSError: the lock was not to be had, or the signal not to be sent in time (ETIMEDOUT); the killer failed; or
+            processes are left (EBUSY), and named. The ids must then not be used.
     """
-    deadline = time.monotonic() + step.timeout_ms / 1000
-    lock = _lock(step.lock, deadline)
+    if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
+        raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
+    deadline = _now() + step.timeout_ms / 1000
+    lock = _open_lock(step.lock)
     try:
+        locked = _await_lock(lock, step, deadline)
         while True:
-            _kill_all(step)
-            left = living(step.uid)
-            if not left:
+            # Where its holders are what we kill, the first round makes it free.
+            locked = locked or _try_lock(lock)
+            sent = _kill_all(step, deadline)
+            left = survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline) if sent else 0.0)
+            late = _now() > deadline
+            if left and late:  # who died meanwhile is not to blame
+                left = survivors(step.uid, step.gid)
+            if sent and not left:
                 return
-            if time.monotonic() > deadline:
-                raise OSError(16, f"still alive: {' '.join(map(str, left[:10]))}", f"processes of uid {step.uid}")
-            time.sleep(0.005)
+            if late:
+                raise _failure(left, step)
     finally:
         os.close(lock)
 
 
-def _lock(path: str, deadline: float) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    while True:
+def _now() -> float:
+    """Return seconds that go on while the host sleeps and while we are stopped: ids may have a new owner by then."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _failure(left: list[Found], step: Reap) -> OSError:
+    if not left:
+        return OSError(_ETIMEDOUT, "the signal could not be sent in time", f"processes of uid {step.uid}")
+    named = [f"{pid} ({state}) by {'uid' if by_uid else 'gid, with another uid'}" for pid, state, by_uid in left[:10]]
+    more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+    return OSError(_EBUSY, f"still alive: {', '.join(named)}{more}", f"uid {step.uid}, gid {step.gid}")
+
+
+def _open_lock(path: str) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+    except OSError as error:
+        if error.errno != _EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | flags)  # flock(2) asks for no more; if it is not there, that is an error
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _await_lock(lock: int, step: Reap, deadline: float) -> bool:
+    """Return True once it is ours; False where to go on without it, since what we are to kill holds it.
+
+    The same half-way to the deadline, if nobody is seen to hold it: who passes it on and ends is no toolstack. Two
+    killers at once hit each other, as both have the reaper's uid: that costs a round, and no proof.
+    """
+    half = (_now() + deadline) / 2
+    while not _try_lock(lock):
+        targets, others = _holders(lock, step)
+        if not others and (targets or _now() > half):
+            return False
+        if _now() > deadline:
+            raise OSError(_ETIMEDOUT, f"another reaper holds the lock: process {', '.join(others)}", step.lock)
+        time.sleep(_SLICE_S)
+    return True
+
+
+def _holders(lock: int, step: Reap) -> tuple[bool, list[str]]:
+    """Return whether what we are to kill took the lock and has it still, and who else, as "pid (name) state".
+
+    Who inherited it is not looked for: hostile processes can have millions of descriptors. The pid in /proc/locks is
+    of who called flock(2), as a toolstack's reaper does itself; or another's by now, so it is asked for the lock.
+    Source: proc_locks(5), proc_pid_fdinfo(5).
+    """
+    # The device is not compared: that of btrfs and overlayfs in stat(2) is another one.
+    inode = b":%d " % os.fstat(lock).st_ino
+    with open("/proc/locks", "rb") as file:
+        pids = {line.split()[4].decode() for line in file if inode in line and b"FLOCK" in line and b"->" not in line}
+    targets, others = False, list[str]()
+    for pid in filter(str.isdigit, pids):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(fd)
-                raise OSError(110, "another reaper holds the lock", path) from None
-            time.sleep(0.01)
+            texts = [_read(f"/proc/{pid}/fdinfo/{fd}") for fd in os.listdir(f"/proc/{pid}/fdinfo")]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended
+        if not any(inode in text and b"FLOCK" in text for text in texts):
+            continue
+        if _look(pid, step.uid, -1):
+            targets = True
+        else:
+            name, _, rest = _read(f"/proc/{pid}/stat").rpartition(b") ")
+            others.append(f"{ascii(name.decode('utf-8', 'replace'))[1:-1]}) {rest[:1].decode()}")
+    return targets, others
 
 
-def _kill_all(step: Reap) -> None:
-    """Send SIGKILL to every process of the uid from a child that becomes the reaper."""
-    child = os.fork()
+def _kill_all(step: Reap, deadline: float) -> bool:
+    """Have SIGKILL sent to every process of the uid; return whether it was.
+
+    As a real-time process where that is allowed: a thousand that spin would leave us a thousandth of the time. See
+    sched(7). Not for longer: those that die need theirs.
+    """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return _have_killed(step, deadline)
+    try:
+        return _have_killed(step, deadline)
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+def _have_killed(step: Reap, deadline: float) -> bool:
+    """Send the signal from a child that becomes the reaper."""
+    try:
+        child = os.fork()
+    except OSError as error:
+        if error.errno not in (_EAGAIN, _ENOMEM):
+            raise
+        _kill_singly(step, deadline)  # they have all pids or all memory: make room
+        return False
     if child == 0:
         status = 125
         try:
-            _become_reaper_and_kill(step)
-            status = 0
+            status = 0 if _become_reaper_and_kill(step, deadline) else _LATE
         except OSError as error:
             status = min(error.errno or 125, 125)
         finally:
             os._exit(status)
-    _, waited = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(waited)
+    # It may need help: whoever has its effective uid may slow it down, by SCHED_IDLE on a processor that they keep
+    # busy, for example (check_same_owner() in kernel/sched, Linux 6.1).
+    patience = _now() + _PATIENCE_S
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
+        if _now() > deadline:
+            os.kill(child, _SIGKILL)  # not waited for: it may be starved still, but will not kill any more
+            return False
+        if _now() > patience:
+            _kill_singly(step, deadline)
+        time.sleep(_POLL_S / 2)
+    code = os.waitstatus_to_exitcode(done[1])
     # Killed: by the reaper of another toolstack, which has the same real uid. The caller looks, and tries again.
-    if code not in (0, -_SIGKILL):
+    if code not in (0, -_SIGKILL, _LATE):
         raise OSError(max(code, 1), f"the reaper ended with {code}", f"reap uid {step.uid}")
+    return code == 0
 
 
-def _become_reaper_and_kill(step: Reap) -> None:
+def _become_reaper_and_kill(step: Reap, deadline: float) -> bool:
+    """Return whether it was still time to kill."""
     os.setgroups(())
     # Real uid: the reaper's, so that the targets may not signal us back. Effective uid: the target's, which gives the
     # permission to kill them. Saved uid 0 and not the target's, as setreuid(2) would set it: a process may signal us
     # if its uid equals our real or saved one.
     os.setresuid(step.reaper_uid, step.uid, 0)
     mine = os.getresuid()
-    with open("/proc/self/status", "rb") as file:
-        status = file.read()
+    status = _read("/proc/self/status")
     # Right before the call, from the kernel and not from what was asked for: kill(-1) as root would end the host.
     if (
         mine != (step.reaper_uid, step.uid, 0)
@@ -89,36 +207,66 @@ def _become_reaper_and_kill(step: Reap) -> None:
         or step.reaper_uid == step.uid
         or int(status.partition(b"\nCapEff:")[2].split()[0], 16) != 0
     ):
-        raise OSError(1, f"the reaper has the uids {mine}", "kill")
+        raise OSError(_EPERM, f"the reaper has the uids {mine}", "kill")
+    if _now() > deadline:
+        return False  # we were stopped: the uid may be a new domain's
     try:
         os.kill(-1, _SIGKILL)
+        return True
     except (ProcessLookupError, PermissionError):
-        return  # nobody is there whom we may kill
+        return True  # nobody is there whom we may kill
 
 
-def living(uid: int) -> list[int]:
-    """Return the pids that still have ``uid`` as any of their uids and are not wholly dead.
-
-    A zombie whose other threads still run counts: its main thread ended, the rest did not.
-    """
-    found: list[int] = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+def _kill_singly(step: Reap, deadline: float) -> None:
+    """Kill those of the uid that a listing shows, one by one, as root: no proof, but room to go on in."""
+    for pid, _, _ in survivors(step.uid, -1):
         try:
-            with open(f"/proc/{name}/status", "rb") as file:
-                text = file.read()
-            uids = text.partition(b"\nUid:")[2].partition(b"\n")[0].split()
-            if str(uid).encode() in uids and any(_thread_lives(name, tid) for tid in os.listdir(f"/proc/{name}/task")):
-                found.append(int(name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        # Asked again, now that the number cannot become another's unnoticed.
+        if _look(str(pid), step.uid, -1) and _now() <= deadline:
+            sys.pidfd_kill(pidfd)
+        os.close(pidfd)
+
+
+def survivors(uid: int, gid: int, *, until: float = 0.0) -> list[Found]:
+    """Return the processes that have ``uid`` as any of their uids or ``gid`` as any of their gids, and live.
+
+    A zombie that still has a thread counts: its main thread ended, the rest did not. On the way wait for each to die,
+    ``until`` then at most: they do so side by side, so that most need not be asked twice.
+    """
+    found: list[Found] = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        if one := _look(name, uid, gid):
+            found.append(one)
+            while _now() < until and _look(name, uid, gid):
+                time.sleep(_POLL_S)
     return found
 
 
-def _thread_lives(pid: str, tid: str) -> bool:
+def _look(pid: str, uid: int, gid: int) -> Found | None:
+    """Return the process if it has one of the ids and lives."""
+    text = _read(f"/proc/{pid}/status")
+    # A name cannot pass for a field: the kernel writes a newline in it as \\n (proc_task_name() in fs/proc/array.c).
+    ids = text.partition(b"\nUid:\t")[2].split(None, 9)
+    by_uid = b"%d" % uid in ids[:4]
+    if not by_uid and b"%d" % gid not in ids[5:9]:
+        return None
+    state = text.partition(b"\nState:\t")[2][:1]
+    threads = text.partition(b"\nThreads:\t")[2].partition(b"\n")[0]
+    if state == b"X" or (state == b"Z" and threads in (b"0", b"1")):
+        return None
+    return int(pid), state.decode(), by_uid
+
+
+def _read(path: str) -> bytes:
+    """Return what a file of /proc says, or nothing if its process has ended. No file object: a thousand are read."""
     try:
-        with open(f"/proc/{pid}/task/{tid}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] not in b"ZX"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, 8192)  # a status has 1.5 KiB
+        finally:
+            os.close(fd)
     except (FileNotFoundError, ProcessLookupError):
-        return False  # this thread ended while we looked; the others are looked at
+        return b""

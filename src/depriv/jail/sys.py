@@ -45,6 +45,7 @@ PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 SECUREBITS: Final = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 
 _SYS_CLONE3: Final = 435  # include/uapi/asm-generic/unistd.h: one number on every architecture
+_SYS_PIDFD_SEND_SIGNAL: Final = 424  # the same
 _CLONE_INTO_CGROUP: Final = 0x200000000  # <linux/sched.h>
 _SIGCHLD: Final = 17
 _CLOSE_RANGE_CLOEXEC: Final = 4
@@ -55,6 +56,7 @@ _CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
 _AF_UNIX: Final = 1  # <linux/socket.h>
 _SOCK_STREAM: Final = 1
 _SOCK_CLOEXEC: Final = 0o2000000
+_SIGKILL: Final = 9  # <asm-generic/signal.h>
 _SIGPIPE: Final = 13  # <asm-generic/signal.h>
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -157,6 +159,13 @@ def clone_into_cgroup(directory: int) -> int:
     child = int(_libc.syscall(_SYS_CLONE3, arguments, ctypes.c_size_t(ctypes.sizeof(arguments))))
     _check(child, "clone3 into the cgroup")
     return child
+
+
+def pidfd_kill(pidfd: int) -> None:
+    """Send SIGKILL, unless it has ended. See pidfd_send_signal(2), Linux 5.1; ``signal`` takes 10 ms to import."""
+    result = int(_libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, _SIGKILL, None, 0))
+    if result < 0 and ctypes.get_errno() != errno.ESRCH:
+        _check(result, "pidfd_send_signal")
 
 
 def default_sigpipe() -> None:

@@ -16,7 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.config import Disk, Domain
 
-QMP_FD = 3
+QMP_FD = 3  # the monitor that takes commands
+EVENTS_FD = 4  # a second one, on which the watcher waits for the guest's end without holding up any command
 CONSOLE_BYTES = 1 << 20  # the guest's output that is kept; the oldest goes first
 PRIVATE = "/private"
 IDE_PORTS = {"pc": 4, "q35": 6, "microvm": 0}
@@ -46,7 +47,7 @@ def command_line(
             hold (see :mod:`depriv.runtime`).
     """
     argv = [program, "-name", f"guest={config.name}", "-sandbox", SANDBOX, "-nodefaults", "-no-user-config", "-S"]
-    argv += ["-no-shutdown", "-display", "none"]
+    argv += [*_endings(config), "-display", "none"]
     argv += ["-machine", _machine(config), "-accel", accel]
     if accel == "kvm":
         argv += ["-cpu", "host"]
@@ -54,7 +55,8 @@ def command_line(
     argv += ["-rtc", "base=localtime" if config.localtime or config.rtc_timeoffset_s else "base=utc"]
     if config.uuid:
         argv += ["-uuid", config.uuid]
-    argv += ["-chardev", f"socket,id=qmp,fd={QMP_FD},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+    for name, number in (("qmp", QMP_FD), ("events", EVENTS_FD)):
+        argv += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off", "-mon", f"chardev={name},mode=control"]
     if config.serial:
         argv += ["-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}", "-serial", "chardev:console"]
     for name, option in (("kernel", "-kernel"), ("ramdisk", "-initrd"), ("firmware", "-bios")):
@@ -66,6 +68,24 @@ def command_line(
     if discover:
         argv += ["-trace", "enable=load_file"]
     return (*argv, *config.device_model_args)
+
+
+def _endings(config: Domain) -> list[str]:
+    """Return what QEMU does when the guest ends: it stops and stays, so that whoever comes later still sees how.
+
+    A reset with on_reboot="restart" is QEMU's own, in place; otherwise -no-reboot makes it a shutdown with reason
+    "guest-reset". A write of 1 to pvpanic's port stops the guest as "guest-panicked": with -no-shutdown a panic's
+    action "shutdown", the default, is a pause. microvm is without it: that machine has what a kernel cannot do without.
+    Source: qemu_system_guest_panicked and qemu_system_reset_request, softmmu/runstate.c; hw/misc/pvpanic-isa.c
+    (port 0x505); QEMU 7.2. tests/qemu/test_endings_qemu.py holds QEMU to it.
+    """
+    argv = ["-no-shutdown"]
+    if config.on_reboot != "restart":
+        argv.append("-no-reboot")
+    own = any(word.partition(",")[0] == "pvpanic" for word in config.device_model_args)  # QEMU refuses a second one
+    if config.machine != "microvm" and not own:
+        argv += ["-device", "pvpanic"]
+    return argv
 
 
 def _machine(config: Domain) -> str:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cgroups of domains: where they are, whose they are, and how all that runs in one ends.
+
+Every registry has a folder of its own in the hierarchy, with one leaf per domain. The folder's name says which
+registry: the path of its state folder (hashed), and the device and inode that this folder has. So leaves are found
+again when the state folder is lost, and nobody takes the guests of a registry that lives elsewhere (another path, or
+the same path in another mount namespace) for leftovers of his own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+from depriv.errors import HostError
+from depriv.records import Record
+from depriv.text import digest
+
+PREFIX = "depriv"
+END_TIMEOUT_S = 10.0
+
+
+class Leaf(Record):
+    """One domain's cgroup directory."""
+
+    path: str
+    folder: str  # name of the registry's folder it lies in
+    domid: int
+
+
+def find_cgroup() -> tuple[str, int]:
+    """Return where cgroups are made and the version: the v2 hierarchy if one is mounted, else a v1 one.
+
+    "" if there is none. See cgroups(7).
+    """
+    v1 = ""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            kind, _, options = right.partition(" ")
+            if kind == "cgroup2":
+                return left.split()[4], 2
+            if kind == "cgroup" and not v1 and {"pids", "freezer"} & set(options.split()[-1].split(",")):
+                v1 = left.split()[4]
+    return v1, 1
+
+
+def folder_name(state_dir: str) -> str:
+    """Return the name of a registry's folder of cgroups. A state folder that is not there yet has no number."""
+    try:
+        have = os.stat(state_dir)
+        number = f"{have.st_dev:x}-{have.st_ino:x}"
+    except OSError:
+        number = "new"
+    return f"{_stem(state_dir)}{number}"
+
+
+def _stem(state_dir: str) -> str:
+    return f"{PREFIX}-{digest((state_dir,))[:8]}-"
+
+
+def leaves() -> tuple[Leaf, ...]:
+    """Return the cgroups of all domains of all registries of this host."""
+    top = find_cgroup()[0]
+    found: list[Leaf] = []
+    for folder in _names(top) if top else ():
+        if folder.startswith(f"{PREFIX}-"):
+            found += [
+                Leaf(path=f"{top}/{folder}/{name}", folder=folder, domid=int(name))
+                for name in _names(f"{top}/{folder}")
+                if name.isascii() and name.isdecimal()
+            ]
+    return tuple(found)
+
+
+def lost_folders(state_dir: str) -> tuple[str, ...]:
+    """Return the names of folders that a registry at this path left behind: its state folder exists nowhere any more.
+
+    "Nowhere" is asked of every mount namespace, since another may have a folder of its own at the same path.
+    """
+    top, own, stem = find_cgroup()[0], folder_name(state_dir), _stem(state_dir)
+    others = [name for name in (_names(top) if top else ()) if name.startswith(stem) and name != own]
+    if not others:
+        return ()
+    alive = {f"{stem}{dev:x}-{ino:x}" for dev, ino in _everywhere(state_dir)}
+    return tuple(name for name in others if name not in alive)
+
+
+def _everywhere(path: str) -> set[tuple[int, int]]:
+    """Return device and inode of what is at ``path`` in each mount namespace and root directory of the host."""
+    found: set[tuple[int, int]] = set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                have = os.stat(f"/proc/{name}/root{path}")
+            except OSError:
+                continue
+            found.add((have.st_dev, have.st_ino))
+    return found
+
+
+def members(path: str) -> tuple[int, ...]:
+    """Return the processes in a cgroup; none if there is no such cgroup."""
+    try:
+        with open(f"{path}/cgroup.procs", encoding="ascii") as file:
+            # 0 stands for processes outside of our pid namespace, and kill(0) is ourselves.
+            return tuple(int(line) for line in file if int(line) > 0)
+    except (FileNotFoundError, OSError):  # ENODEV: removed while it was open
+        return ()
+
+
+def kill_cgroup(path: str) -> None:
+    """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
+    try:
+        # Not open(): it would create the file where there is none, which cgroupfs refuses in another way.
+        fd = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"1")
+        finally:
+            os.close(fd)
+        return
+    except (FileNotFoundError, PermissionError):
+        pass
+    except OSError:  # ENODEV: it was removed, so nothing was in it
+        return
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while (pids := members(path)) and time.monotonic() < deadline:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.002)
+
+
+def remove_cgroup(path: str, *, timeout_s: float = END_TIMEOUT_S) -> None:
+    """Kill what is in a cgroup until it can be removed, and remove it: then nothing is in it, nor ever will be.
+
+    Raises:
+        HostError: there still are processes in it; it stays.
+    """
+    deadline = time.monotonic() + timeout_s
+    while path:
+        try:
+            os.rmdir(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                pids = " ".join(map(str, members(path)[:10]))
+                raise HostError(f"cannot remove cgroup {path}", cause=f"in it: process {pids or 'unknown'}") from error
+        kill_cgroup(path)  # again: somebody may have joined after the first time
+        time.sleep(0.001)
+
+
+def remove_folder(path: str) -> None:
+    """Remove a registry's folder of cgroups if no leaf is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []

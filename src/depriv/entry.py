@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One domain as the registry keeps it, and its JSON."""
+
+from __future__ import annotations
+
+from depriv.errors import HostError
+from depriv.host import Holding
+from depriv.records import Record
+from depriv.report import Expected, Grant, Limit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+VERSION = 2
+
+
+class Entry(Record):
+    """One domain as the registry knows it."""
+
+    name: str
+    domid: int
+    # "starting", "running" (the guest may be paused, shut down or dead meanwhile), "ending", "quarantined" (something
+    # of it does not die: its ids are not free), "waiting" (ended, to be started again; it holds nothing but its name),
+    # "damaged" (never written: what the kernel shows of a domain whose entry cannot be read)
+    state: str
+    uid: int  # 0: not chosen yet
+    gid: int
+    reaper_uid: int
+    shared: bool  # its uid is another domain's too, as asked for by name: never killed by uid
+    restricted: bool
+    memory_mib: int
+    vcpus: int
+    accel: str
+    cgroup: str  # absolute path; "" with none
+    boot_id: str  # of the kernel that all numbers of processes are of
+    created_boot_ns: int  # CLOCK_BOOTTIME: with domid and boot_id the name of this one life; nobody can set that clock
+    created_at_s: int  # seconds since 1970, for people
+    toolstack_pid: int  # of the command that started it, and when that started: tells an unfinished start
+    toolstack_starttime: int
+    jail_pid: int = 0  # of the jail that starts it: it must be dead before an unfinished start is undone
+    jail_starttime: int = 0
+    images: tuple[tuple[int, int, int, bool], ...] = ()  # st_dev, st_ino, st_rdev, writable
+    config: dict[str, Any] | None = None  # what was asked for, as depriv.wanted writes it
+    restarts: int = 0  # how many times in a row it was started again after a short life
+    trouble: str = ""  # why it is quarantined, waiting or damaged
+    expected: Expected | None = None  # None until QEMU executes
+
+    @property
+    def holding(self) -> Holding:
+        """What planning has to know of it. The name of one that is quarantined is free: its end was asked for."""
+        name = "" if self.state == "quarantined" else self.name
+        return Holding(name=name, domid=self.domid, uid=self.uid, gid=self.gid, images=self.images)
+
+    def same_life(self, other: Entry) -> bool:
+        """Tell whether both are of one start of one domain."""
+        mine = (self.domid, self.boot_id, self.created_boot_ns)
+        return mine == (other.domid, other.boot_id, other.created_boot_ns)
+
+
+def encode(entry: Entry) -> dict[str, object]:
+    """Return the entry, ready for ``json.dumps``."""
+    data = entry.as_dict()
+    if entry.expected is not None:
+        expected = entry.expected.as_dict()
+        expected["limits"] = [limit.as_dict() for limit in entry.expected.limits]
+        expected["grants"] = [grant.as_dict() for grant in entry.expected.grants]
+        data["expected"] = expected
+    return {"version": VERSION, **data}
+
+
+def decode(data: dict[str, Any]) -> Entry:
+    """Return the entry; a file of another version is not guessed at.
+
+    Raises:
+        HostError: the data is not what ``encode`` makes.
+    """
+    version = data.pop("version", None)
+    if version != VERSION:
+        raise HostError("is of another version of depriv", cause=f"version {str(version)[:20]!r}, not {VERSION}")
+    try:
+        expected = data.pop("expected")
+        if expected is not None:
+            expected["limits"] = tuple(Limit(**limit) for limit in expected["limits"])
+            expected["grants"] = tuple(Grant(**grant) for grant in expected["grants"])
+            expected["environ"] = tuple(expected["environ"])
+            expected = Expected(**expected)
+        data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
+        entry = Entry(**data, expected=expected)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HostError("is not an entry of this version", cause=repr(error)[:200]) from error
+    numbers = (entry.domid, entry.uid, entry.gid, entry.reaper_uid, entry.toolstack_pid, entry.jail_pid)
+    words = (entry.name, entry.state, entry.cgroup, entry.boot_id)
+    if any(type(number) is not int for number in numbers) or any(type(word) is not str for word in words):
+        raise HostError("is not an entry of this version", cause="a number or a word is of another type")
+    return entry

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a QEMU has printed, read from the FIFO in its domain's folder without waiting."""
+
+from __future__ import annotations
+
+import os
+
+from depriv.text import console_safe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+_SHOWN = 4000
+
+
+class Log:
+    """What QEMU has printed, read from the FIFO in its state folder without waiting."""
+
+    def __init__(self, path: str) -> None:
+        """Open the reading end."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._data = b""
+
+    def text(self) -> str:
+        """Return all that was printed so far, made safe to print; the first part of it if it is long."""
+        while len(self._data) < 1 << 20:
+            try:
+                chunk = os.read(self._fd, 65536)
+            except BlockingIOError:
+                break
+            if not chunk:
+                break
+            self._data += chunk
+        own = b"\n".join(line for line in self._data.split(b"\n") if not _is_traced(line))
+        return console_safe(own[:_SHOWN]).strip()
+
+    def raw(self) -> str:
+        """Return all of it, for a reader that trusts it: no guest has run."""
+        self.text()
+        return self._data.decode("utf-8", "replace")
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close the reading end."""
+        os.close(self._fd)
+
+
+def _is_traced(line: bytes) -> bool:
+    """Tell whether a line is one of the thousand that a dry run asks for, not something that QEMU has to say."""
+    head, tab, _ = line.partition(b":\t")  # ld.so(8), LD_DEBUG: "%9d:\t"
+    return line.startswith(b"load_file ") or (bool(tab) and head.strip().isdigit())
