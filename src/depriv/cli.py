@@ -272,7 +272,7 @@ def show_list(arguments: argparse.Namespace) -> int:
         f"{'Name':<24} {'ID':>5} {'State':<11} {'PID':>8} {'UID':>10} {'GID':>10} {'Mem':>6} {'VCPUs':>5} dm_restrict"
     )
     for row in rows:
-        restrict = "on" if row.dm_restrict else "OFF"
+        restrict = "?" if row.state == "damaged" else "on" if row.dm_restrict else "OFF"
         print(
             f"{row.name:<24} {row.domid:>5} {row.state:<11} {row.pid:>8} {row.uid:>10} {row.gid:>10} "
             f"{row.memory_mib:>6} {row.vcpus:>5} {restrict}"

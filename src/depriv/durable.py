@@ -130,7 +130,7 @@ def locked(path: str, what: str, *, timeout_s: float | None = None) -> Generator
                 )
             time.sleep(0.005)
         if os.fstat(fd).st_nlink == 0:
-            raise NotFoundError(f"{what} was removed meanwhile", fix="see depriv list, and run this again")
+            raise NotFoundError(f"{what} is gone: it was removed meanwhile", fix="see depriv list")
         yield
     finally:
         os.close(fd)

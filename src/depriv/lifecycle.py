@@ -310,12 +310,11 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
         report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
         _refuse_unless_it_holds(report, launch)
         times.append(("audit", time.monotonic()))
-        # Released before it is written down as running: of a start that is killed in between, the entry says that it
-        # never was complete. From the other order a guest would come that is listed as running and has no QEMU.
-        jail.release()
         entry = entry.replace(state="running")
         registry.save(entry)
         times.append(("registry", time.monotonic()))
+        # Up to here the jail kills QEMU if this process dies. From here on the entry answers for it.
+        jail.release()
         if not paused:
             monitor.execute("cont", timeout_s=QMP_TIMEOUT_S)
         times.append(("run", time.monotonic()))

@@ -38,6 +38,7 @@ RECONNECT_S: Final = 5.0
 DISTRUST_S: Final = 30.0  # after a breach of the protocol, and until silence is worth a word
 AGAIN_S: Final = 60.0  # between two ends that QEMU tells of one life, doubled each time: it may be lying
 AGAIN_MAX_S: Final = 3600.0
+BLANK_S: Final = 10.0  # a folder without an entry is being made or removed; after that it is what a kill has left
 ENDING_S: Final = 15.0  # a `destroy` that is under way gets so long to finish
 
 
@@ -120,6 +121,10 @@ class Watcher:
         self._owners: dict[int, Guest] = {}  # descriptor -> whose pidfd or events socket it is
         self._others: dict[int, float] = {}  # domid that does not run -> when to look at it again
         self._leftover: set[int] = set()  # those of them that are `gc`'s, not a start's
+        self._tried: dict[
+            int, int
+        ] = {}  # domid -> the life, by its beginning, for which `gc` ran before it was watched
+        self._blank: dict[int, float] = {}  # domid whose folder has no entry -> since when
         self._ticks = 0
         self._next_leftovers = 0.0
         epoll.register(wake, select.EPOLLIN)
@@ -196,14 +201,18 @@ class Watcher:
             entry = self._registry.read(domid)
             if entry is not None and entry.state == "starting" and not self._registry.is_starting(entry):
                 entry = self._registry.read(domid)  # it may have got through since
-            if entry is None or (entry.state == "starting" and self._registry.is_starting(entry)):
+            if entry is None:  # only just being made or removed; or a start was killed right there
+                self._put_off(domid, now, leftover=now - self._blank.setdefault(domid, now) > BLANK_S)
+            elif entry.state == "starting" and self._registry.is_starting(entry):
                 self._put_off(domid, now)  # until the next tick
             elif entry.state == "running" and entry.expected is not None:
                 self._adopt(entry, entry.expected.pid, entry.expected.starttime)
             else:
-                new = domid not in self._leftover
-                self._put_off(domid, now + LEFTOVERS_S, leftover=True)
+                new = self._tried.get(domid) != entry.created_boot_ns
+                # What is damaged takes a while to look at. The others may be cleared and their domids used again soon.
+                self._put_off(domid, now + LEFTOVERS_S if entry.state == "damaged" else now, leftover=True)
                 if new and entry.state in ("starting", "waiting"):
+                    self._tried[domid] = entry.created_boot_ns
                     self._runs.want(domid)
         except (DeprivError, OSError) as error:
             self._say(f"domain {domid} cannot be watched: {error}")
@@ -213,6 +222,9 @@ class Watcher:
         """Look at a domain that does not run again at some time; None: never, it is gone or watched."""
         self._others.pop(domid, None)
         self._leftover.discard(domid)
+        if until is None:
+            self._blank.pop(domid, None)
+            self._tried.pop(domid, None)
         if until is not None:
             self._others[domid] = until
         if leftover:

@@ -132,7 +132,7 @@ def watch(fakes: Fakes, tmp_path: Path) -> Iterator[Callable[[], Watching]]:
         return made[-1]
 
     yield start
-    for each in made:
+    for each in reversed(made):
         each.close()
 
 

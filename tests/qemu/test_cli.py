@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
 ROW = {
     *("name", "domid", "state", "pid", "uid", "gid", "memory_mib", "vcpus", "accel", "dm_restrict"),
-    "created_at_s",
+    *("created_at_s", "trouble"),
 }
 
 

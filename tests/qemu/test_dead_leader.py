@@ -23,6 +23,7 @@ from depriv.config import Disk, Domain
 from depriv.errors import DeprivError
 
 if TYPE_CHECKING:
+    from depriv.entry import Entry
     from pathlib import Path
 
     from depriv.api import Guest, Toolstack
@@ -125,14 +126,27 @@ def test_destroy_ends_every_thread_of_it(host: Toolstack, leaderless: Guest) -> 
     assert host.guests() == ()
 
 
-def test_its_disk_and_name_stay_taken_while_a_thread_lives(host: Toolstack, leaderless: Guest, disk: Path) -> None:
+def test_its_disk_is_nobodys_while_a_thread_lives_and_its_name_not_before_all_are_killed(
+    host: Toolstack, leaderless: Guest, disk: Path
+) -> None:
+    pid = leaderless.row().pid
+    assert others(pid)
+    host.registry.save(entry_preserved(host, leaderless))
     again = Domain(name="headless", disks=(Disk(vdev="xvda", target=str(disk)),))
     with pytest.raises(DeprivError, match="exists"):
         host.create(again)
     with pytest.raises(DeprivError, match="is in use by domain headless"):
         host.create(again.replace(name="other"))
-    leaderless.destroy()
+    assert others(pid)
+    host.registry.save(entry_preserved(host, leaderless, on_crash="destroy"))
     assert host.create(again).row().state == "running"
+    assert not os.path.exists(f"/proc/{pid}") or not others(pid)
+
+
+def entry_preserved(host: Toolstack, guest: Guest, on_crash: str = "preserve") -> Entry:
+    """Return the guest's entry as if its configuration had said so."""
+    entry = host.registry.find(guest.name)
+    return entry.replace(config={**(entry.config or {}), "on_crash": on_crash})
 
 
 def test_it_can_be_killed_from_outside_too(leaderless: Guest) -> None:

@@ -233,4 +233,4 @@ def test_domain_is_destroyed_on_a_file_system_that_is_full(
     depriv.run("audit", "web")
     depriv.run("destroy", "web")
     left = {name for name in os.listdir(depriv.state_dir) if name not in ("domains", "lock", "reaper.lock")}
-    assert left == {"history.json"}
+    assert left == {"boot", "history.json"}

@@ -62,7 +62,7 @@ def watch(host: Toolstack, tmp_path: Path) -> Iterator[Callable[[], Watching]]:
         return made[-1]
 
     yield start
-    for each in made:
+    for each in reversed(made):
         each.close()
         if not sys.exc_info()[0]:
             assert "Traceback" not in each.text()
@@ -356,7 +356,7 @@ def test_start_that_was_killed_is_cleared_away_without_anybody_asking(
     path = tmp_path / "web.cfg"
     (tmp_path / "disk.img").write_bytes(demo_guest.image())
     path.write_text(f'name = "web"\ntype = "hvm"\nmemory = 32\ndisk = ["vdev=xvda,target={tmp_path}/disk.img"]\n')
-    watch()
+    watching = watch()
     for pause_s in (0.0, 0.02, 0.05):
         process = subprocess.Popen(
             [sys.executable, "-m", "depriv.cli", "create", str(path)],
@@ -370,7 +370,10 @@ def test_start_that_was_killed_is_cleared_away_without_anybody_asking(
         process.wait()
         if any(entry.state == "running" for entry in host.registry.entries()):
             host.guest("web").destroy()  # it got through
-        await_true(lambda: host.registry.domids() == (), what="nothing is left")
+        try:
+            await_true(lambda: host.registry.domids() == (), what="nothing is left")
+        except AssertionError as error:
+            raise AssertionError(f"{error}, but {host.registry.entries()}; {watching.text()}") from None
 
 
 def test_many_ends_at_once_are_all_seen_to(

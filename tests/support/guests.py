@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,12 +26,28 @@ if TYPE_CHECKING:
 
     from depriv.api import Guest
 
-# Toolstacks with different state folders know nothing of each other, and would number their domains alike.
-FIRST_DOMID = 20000
+# Toolstacks with different state folders know little of each other, and would number their domains alike.
 _STEP = 40
-_LAST_DOMID = 29000
-DOMIDS = range(FIRST_DOMID, _LAST_DOMID + _STEP)
-_bases = itertools.cycle(range(FIRST_DOMID, _LAST_DOMID, _STEP))
+_SLOTS = 10
+
+
+def _own_slot() -> tuple[socket.socket | None, int]:
+    """Take one of the ranges of domids, so that runs of the tests beside each other share none."""
+    for slot in range(_SLOTS):
+        held = socket.socket(socket.AF_UNIX)
+        try:
+            held.bind(f"\0depriv-tests-{slot}")
+        except OSError:
+            held.close()
+            continue
+        return held, slot
+    return None, 0
+
+
+_held, _slot = _own_slot()  # until this process ends
+FIRST_DOMID = 20000 + _slot * 900
+DOMIDS = range(FIRST_DOMID, FIRST_DOMID + 900)
+_bases = itertools.cycle(range(FIRST_DOMID, FIRST_DOMID + 900 - _STEP, _STEP))
 PATIENCE_S = 60.0
 
 

@@ -31,7 +31,6 @@ _UID_MIN, _UID_MAX = 1000, 0xFFFFFFFD  # -1, and in 16 bits -2, are for "leave i
 _POLL_S = 0.001
 _SETTLE_S = 0.05  # for the dying to be dead before all is done again
 _PATIENCE_S = 0.25  # ten thousand processes take kill(-1) about that long
-_SLICE_S = 0.01
 
 
 def reap(step: Reap, _state: object = None) -> None:
@@ -40,8 +39,8 @@ def reap(step: Reap, _state: object = None) -> None:
     Those with the gid and not the uid are never killed: they are somebody's, and make it fail.
 
     Raises:
-        OSError: the lock was not to be had, or the signal not to be sent in time (ETIMEDOUT); the killer failed; or
-            processes are left (EBUSY), and named. The ids must then not be used.
+        OSError: the lock was not to be had, or it was not proved in time (ETIMEDOUT); processes are left (EBUSY), and
+            named; or the killer failed. The ids must then not be used.
     """
     if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
         raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
@@ -54,13 +53,10 @@ def reap(step: Reap, _state: object = None) -> None:
             locked = locked or _try_lock(lock)
             sent = _kill_all(step, deadline)
             left = survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline) if sent else 0.0)
-            late = _now() > deadline
-            if left and late:  # who died meanwhile is not to blame
-                left = survivors(step.uid, step.gid)
             if sent and not left:
                 return
-            if late:
-                raise _failure(left, step)
+            if _now() > deadline:
+                raise _failure(survivors(step.uid, step.gid), step)
     finally:
         os.close(lock)
 
@@ -72,7 +68,7 @@ def _now() -> float:
 
 def _failure(left: list[Found], step: Reap) -> OSError:
     if not left:
-        return OSError(_ETIMEDOUT, "the signal could not be sent in time", f"processes of uid {step.uid}")
+        return OSError(_ETIMEDOUT, "it was not proved in time that none is left", f"uid {step.uid}")
     named = [f"{pid} ({state}) by {'uid' if by_uid else 'gid, with another uid'}" for pid, state, by_uid in left[:10]]
     more = f" and {len(left) - 10} more" if len(left) > 10 else ""
     return OSError(_EBUSY, f"still alive: {', '.join(named)}{more}", f"uid {step.uid}, gid {step.gid}")
@@ -109,7 +105,7 @@ def _await_lock(lock: int, step: Reap, deadline: float) -> bool:
             return False
         if _now() > deadline:
             raise OSError(_ETIMEDOUT, f"another reaper holds the lock: process {', '.join(others)}", step.lock)
-        time.sleep(_SLICE_S)
+        time.sleep(10 * _POLL_S)
     return True
 
 
@@ -143,14 +139,14 @@ def _holders(lock: int, step: Reap) -> tuple[bool, list[str]]:
 def _kill_all(step: Reap, deadline: float) -> bool:
     """Have SIGKILL sent to every process of the uid; return whether it was.
 
-    As a real-time process where that is allowed: a thousand that spin would leave us a thousandth of the time. See
-    sched(7). Not for longer: those that die need theirs.
+    As a real-time process where that is allowed, since a thousand that spin would leave us a thousandth of the time;
+    and not for longer, as those that die need theirs. See sched(7).
     """
     before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
+    try:  # noqa: SIM105 (importing contextlib takes longer than all of this)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except PermissionError:
-        return _have_killed(step, deadline)
+        pass
     try:
         return _have_killed(step, deadline)
     finally:
@@ -170,12 +166,13 @@ def _have_killed(step: Reap, deadline: float) -> bool:
         status = 125
         try:
             status = 0 if _become_reaper_and_kill(step, deadline) else _LATE
+        except ProcessLookupError:
+            status = 0  # nobody is there but us
         except OSError as error:
             status = min(error.errno or 125, 125)
         finally:
             os._exit(status)
-    # It may need help: whoever has its effective uid may slow it down, by SCHED_IDLE on a processor that they keep
-    # busy, for example (check_same_owner() in kernel/sched, Linux 6.1).
+    # Whoever has its effective uid may slow it down: SCHED_IDLE on a busy processor (check_same_owner() in kernel/sched).
     patience = _now() + _PATIENCE_S
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         if _now() > deadline:
@@ -210,11 +207,8 @@ def _become_reaper_and_kill(step: Reap, deadline: float) -> bool:
         raise OSError(_EPERM, f"the reaper has the uids {mine}", "kill")
     if _now() > deadline:
         return False  # we were stopped: the uid may be a new domain's
-    try:
-        os.kill(-1, _SIGKILL)
-        return True
-    except (ProcessLookupError, PermissionError):
-        return True  # nobody is there whom we may kill
+    os.kill(-1, _SIGKILL)
+    return True
 
 
 def _kill_singly(step: Reap, deadline: float) -> None:
@@ -233,8 +227,8 @@ def _kill_singly(step: Reap, deadline: float) -> None:
 def survivors(uid: int, gid: int, *, until: float = 0.0) -> list[Found]:
     """Return the processes that have ``uid`` as any of their uids or ``gid`` as any of their gids, and live.
 
-    A zombie that still has a thread counts: its main thread ended, the rest did not. On the way wait for each to die,
-    ``until`` then at most: they do so side by side, so that most need not be asked twice.
+    A zombie that still has a thread counts: its main thread ended, the rest did not. Until ``until`` wait for each to
+    die before the next is asked: they die side by side.
     """
     found: list[Found] = []
     for name in filter(str.isdigit, os.listdir("/proc")):
