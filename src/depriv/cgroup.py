@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 
 from depriv.errors import HostError
@@ -20,6 +19,7 @@ from depriv.text import digest
 
 PREFIX = "depriv"
 END_TIMEOUT_S = 10.0
+_SIGKILL = 9
 
 
 class Leaf(Record):
@@ -79,12 +79,15 @@ def lost_folders(state_dir: str) -> tuple[str, ...]:
     """Return the names of folders that a registry at this path left behind: its state folder exists nowhere any more.
 
     "Nowhere" is asked of every mount namespace, since another may have a folder of its own at the same path.
+    From within a container's pid namespace not all can be asked; what may be somebody else's is left alone.
     """
     top, own, stem = find_cgroup()[0], folder_name(state_dir), _stem(state_dir)
     others = [name for name in (_names(top) if top else ()) if name.startswith(stem) and name != own]
     if not others:
         return ()
     alive = {f"{stem}{dev:x}-{ino:x}" for dev, ino in _everywhere(state_dir)}
+    # Processes that are not to be seen from here show as 0: then neither is the registry, which may well be alive.
+    alive |= {leaf.folder for leaf in leaves() if leaf.folder in others and 0 in _numbers(leaf.path)}
     return tuple(name for name in others if name not in alive)
 
 
@@ -103,16 +106,22 @@ def _everywhere(path: str) -> set[tuple[int, int]]:
 
 def members(path: str) -> tuple[int, ...]:
     """Return the processes in a cgroup; none if there is no such cgroup."""
+    # 0 stands for processes outside of our pid namespace, and kill(0) is ourselves.
+    return tuple(pid for pid in _numbers(path) if pid > 0) if path else ()
+
+
+def _numbers(path: str) -> tuple[int, ...]:
     try:
         with open(f"{path}/cgroup.procs", encoding="ascii") as file:
-            # 0 stands for processes outside of our pid namespace, and kill(0) is ourselves.
-            return tuple(int(line) for line in file if int(line) > 0)
-    except (FileNotFoundError, OSError):  # ENODEV: removed while it was open
+            return tuple(int(line) for line in file)
+    except OSError:  # none, or ENODEV: removed while it was open
         return ()
 
 
 def kill_cgroup(path: str) -> None:
     """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
+    if not path:
+        return
     try:
         # Not open(): it would create the file where there is none, which cgroupfs refuses in another way.
         fd = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
@@ -129,7 +138,7 @@ def kill_cgroup(path: str) -> None:
     while (pids := members(path)) and time.monotonic() < deadline:
         for pid in pids:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, _SIGKILL)
             except ProcessLookupError:
                 continue
         time.sleep(0.002)

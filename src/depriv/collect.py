@@ -14,11 +14,10 @@ import time
 from depriv import cgroup, policy, proc
 from depriv.accounts import ask_nss
 from depriv.durable import BusyError
-from depriv.ending import END_TIMEOUT_S, end_processes, finish, forget
+from depriv.ending import END_TIMEOUT_S, finish, forget
 from depriv.errors import DeprivError, NotFoundError
 from depriv.identity import RANGE_BASE, RANGE_COUNT, find_user
 from depriv.records import Record
-from depriv.recover import of_the_range, rebuild
 from depriv.registry import remove_tree
 from depriv.runtime import half_made
 from depriv.spawn import Jail
@@ -172,6 +171,8 @@ def strays(registry: Registry) -> tuple[Due, ...]:
 
     On a Xen host they may be libxl's, which takes its uids from the same range: there nobody is a stray.
     """
+    from depriv.recover import of_the_range  # noqa: PLC0415 (hardly ever needed)
+
     base = find_user(RANGE_BASE, ask_nss(names=(RANGE_BASE,)))
     if base is None or os.path.exists("/proc/xen/capabilities"):
         return ()
@@ -238,20 +239,34 @@ def _clear_domain(due: Due, registry: Registry, said: str) -> Done:
 def _clear_processes(due: Due, registry: Registry) -> Done:
     """End the processes of a cgroup or of a uid of the range, and remove the cgroup.
 
-    What does not die becomes a domain that is quarantined: it is listed, its ids are not free, and it is tried again.
+    Meanwhile it is a domain that is quarantined, so that no start is given its ids; what does not die stays one: it is
+    listed, and tried again.
     """
-    entry = rebuild(due.domid, due.path, "").replace(state="quarantined", name="(unknown)")
-    try:
-        with Jail() as jail:
-            end_processes(entry, registry, jail)
-    except DeprivError as error:
-        with registry.locked(), contextlib.ExitStack() as held:
-            if due.domid not in registry.domids():
-                registry.add(entry.replace(trouble=cause_of(error)), held)
-        return outcome(due, "quarantined", cause=cause_of(error))
+    from depriv.recover import rebuild  # noqa: PLC0415 (hardly ever needed)
+
+    entry = rebuild(due.domid, due.path, due.what).replace(state="quarantined", name="(unknown)")
+    with contextlib.ExitStack() as held:
+        with registry.locked():
+            # A second look: another command may have cleared it, and the ids may be a new guest's since.
+            if due.domid in registry.domids() or not _is_left(due):
+                return outcome(due, "gone", cause="another command has seen to it")
+            registry.add(entry, held)
+        try:
+            with Jail() as jail:
+                finish(entry, registry, jail)
+        except DeprivError as error:
+            return outcome(due, "quarantined", cause=cause_of(error))
     if due.path:
         cgroup.remove_folder(os.path.dirname(due.path))
     return outcome(due, "done")
+
+
+def _is_left(due: Due) -> bool:
+    """Tell whether a cgroup, or the processes of a uid, still are there and nobody's."""
+    if due.path:
+        return os.path.isdir(due.path)
+    mine = any(leaf.domid == due.domid for leaf in cgroup.leaves())  # by now a guest's of another registry
+    return not mine and bool(proc.processes_of(uid=due.uid))
 
 
 def cause_of(error: DeprivError) -> str:

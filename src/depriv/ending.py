@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 
 from depriv import cgroup, proc
@@ -75,14 +74,17 @@ def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:
 
 
 def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float = END_TIMEOUT_S) -> None:
-    """Kill everything of a domain and see that it is gone, its cgroup included. ``jail`` is used up.
+    """Kill everything of a domain, which is locked, and see that it is gone. ``jail`` is used up.
 
     Raises:
         DeprivError: something lives still.
     """
-    kill(entry, registry)
     if entry.boot_id == registry.boot_id:
+        # That of its start, if that was cut short: whoever starts a domain holds its lock. First, so that nothing new
+        # comes from it.
+        kill_process(entry.jail_pid, entry.jail_starttime)
         _await_end(entry.jail_pid, entry.jail_starttime, "the jail")
+    kill(entry, registry)
     if not entry.shared and entry.uid >= _UID_MIN:
         reap = Reap(
             uid=entry.uid,
@@ -100,12 +102,9 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
 
 
 def kill(entry: Entry, registry: Registry) -> None:
-    """Send SIGKILL to process 1 of a domain's pid namespace, to all of its cgroup, and to a jail; wait for nothing."""
-    if entry.boot_id == registry.boot_id:
-        if entry.expected is not None:
-            kill_process(entry.expected.pid, entry.expected.starttime)
-        elif not registry.is_starting(entry):
-            kill_process(entry.jail_pid, entry.jail_starttime)
+    """Send SIGKILL to process 1 of a domain's pid namespace and to all of its cgroup; wait for nothing."""
+    if entry.boot_id == registry.boot_id and entry.expected is not None:
+        kill_process(entry.expected.pid, entry.expected.starttime)
     cgroup.kill_cgroup(entry.cgroup)
 
 
@@ -118,6 +117,8 @@ def kill_process(pid: int, starttime: int) -> None:
     except ProcessLookupError:
         return
     try:
+        import signal  # noqa: PLC0415 (on the path of create only if something goes wrong)
+
         # After the pidfd was opened: from here on the number cannot come to mean another process.
         if proc.alive(pid, starttime) != "dead":
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 VERSION = 2
+STATES = ("starting", "running", "ending", "quarantined", "waiting")  # that are written
+_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool}
 
 
 class Entry(Record):
@@ -89,8 +91,19 @@ def decode(data: dict[str, Any]) -> Entry:
         entry = Entry(**data, expected=expected)
     except (KeyError, TypeError, ValueError) as error:
         raise HostError("is not an entry of this version", cause=repr(error)[:200]) from error
-    numbers = (entry.domid, entry.uid, entry.gid, entry.reaper_uid, entry.toolstack_pid, entry.jail_pid)
-    words = (entry.name, entry.state, entry.cgroup, entry.boot_id)
-    if any(type(number) is not int for number in numbers) or any(type(word) is not str for word in words):
-        raise HostError("is not an entry of this version", cause="a number or a word is of another type")
+    if not _is_of_its_types(entry):
+        raise HostError("is not an entry of this version", cause="a value is none that is ever written there")
     return entry
+
+
+def _is_of_its_types(entry: Entry) -> bool:
+    """Tell whether every value is of its field's type: what is not is found here, not in the middle of an end."""
+    plain: list[tuple[object, str]] = [(number, "int") for image in entry.images for number in image[:3]]
+    plain += [(image[3], "bool") for image in entry.images]
+    records: list[Record] = [entry]
+    if entry.expected is not None:
+        records += [entry.expected, *entry.expected.limits, *entry.expected.grants]
+        plain += [(word, "str") for word in entry.expected.environ]
+    plain += [(getattr(record, name), kind) for record in records for name, kind in record.fields.items()]
+    good = all(type(value) is _TYPES[kind] for value, kind in plain if kind in _TYPES)
+    return good and isinstance(entry.config, dict | None) and entry.state in STATES

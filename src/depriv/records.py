@@ -72,7 +72,8 @@ class Record:
 
     def __hash__(self) -> int:
         """Hash by value."""
-        return hash((type(self), *self.__dict__.values()))
+        # In the order of declaration: that of __dict__ is the caller's, defaults last.
+        return hash((type(self), *(self.__dict__[name] for name in type(self).fields)))
 
     def __repr__(self) -> str:
         """Return the expression that makes this record."""

@@ -138,6 +138,8 @@ class Registry:
                 data = durable.load(path)
                 if data is not None:
                     entry = decode(data)
+                    if entry.domid != domid:
+                        raise durable.DamagedError(f"{path} is misplaced", cause=f"it is domain {entry.domid}'s")
                     if name == _STATE and which == _which(path):
                         self._seen[domid] = (which, entry)
                     return entry
@@ -193,10 +195,13 @@ class Registry:
         return proc.alive(entry.expected.pid, entry.expected.starttime)
 
     def is_starting(self, entry: Entry) -> bool:
-        """Tell whether the command that starts a domain is still at it."""
+        """Tell whether the command that starts a domain is still at it: it holds the domain's lock till the end."""
         if entry.state != "starting" or entry.boot_id != self.boot_id:
             return False
-        return proc.alive(entry.toolstack_pid, entry.toolstack_starttime) != "dead"
+        return (
+            durable.is_locked(f"{self.directory(entry.domid)}/lock")
+            and proc.alive(entry.toolstack_pid, entry.toolstack_starttime) != "dead"
+        )
 
     def next_domid(self) -> int:
         """Return the next free domid, counting up: one that was freed lately is not it, nor another registry's.
@@ -316,9 +321,12 @@ class Registry:
         """
         try:
             data = durable.load(f"{self.folder}/history.json") or {}
-            freed = data["freed"] if data.get("boot") == self.boot_id else {}
-            return {int(domid): float(at) for domid, at in freed.items()}
-        except (durable.DamagedError, AttributeError, KeyError, TypeError, ValueError):
+            freed: dict[str, float] = data["freed"] if data.get("boot") == self.boot_id else {}
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
+            return {
+                int(domid): float(at) for domid, at in freed.items() if at <= now
+            }  # one of the future rests for ever
+        except (durable.DamagedError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return {}
 
 

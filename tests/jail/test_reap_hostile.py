@@ -394,7 +394,7 @@ def test_process_that_sigkill_does_not_end_is_named_with_its_state(hostile: Run,
         time.sleep(0.1)
         immune = state(target) == "D"
         number, elapsed, text = refusal(STEP.replace(timeout_ms=400))
-        named = f"still alive: {target} (D) by uid:" in text
+        named = f"1 still alive: {target} (D) by uid:" in text
         freezer("freezer.state", "THAWED")
         again = refusal(STEP)[0]
         print(json.dumps([immune, errno.errorcode[number], named, elapsed, again, signal_of(target), living(A)]))
@@ -422,7 +422,7 @@ def test_process_with_only_the_gid_is_reported_and_lives(hostile: Run, gids: str
         until(lambda: survivors(A, A) != [])
         target = start(A, wait)
         number, elapsed, text = refusal(STEP.replace(timeout_ms=300))
-        named = f"still alive: {{other}} (S) by gid, with another uid:" in text
+        named = f"1 still alive: {{other}} (S) by gid, with another uid:" in text
         alive = ends(other)
         os.kill(other, signal.SIGKILL)
         print(json.dumps([errno.errorcode[number], named, alive, signal_of(target), refusal(STEP)[0]]))

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 # Two calls by hand instead of imports (docs/adr/0001), and the undoing of what a caller may hand down, are in it.
-JAIL_LINES_MAX = 900
+JAIL_LINES_MAX = 800  # without the reaper, which can be read by itself
+REAPER_LINES_MAX = 250
 MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 
@@ -62,6 +63,7 @@ def test_every_python_file_says_what_it_is_for() -> None:
 
 def test_jail_stays_small_enough_to_be_read() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "src/depriv/jail").glob("*.py")}
+    assert lines.pop("reap.py") <= REAPER_LINES_MAX
     assert sum(lines.values()) <= JAIL_LINES_MAX, lines
 
 

@@ -2,12 +2,10 @@
 """Kill every process of one uid, from a process that they may not kill, and prove that none is left.
 
 As libxl does (kill_device_model_uid_child in libxl_dm.c), and what it leaves out: checks right before the call, a
-deadline on everything, a way on where the targets hold the lock, take every pid or starve the killer, and proof.
-
-kill(-1) holds tasklist_lock for all of them (kill_something_info in kernel/signal.c), and fork fails with a signal
-pending (copy_process in kernel/fork.c, Linux 6.1): whoever it hits has no child any more, and keeps its number until
-it is dead. So a listing of /proc after a *completed* call misses none, while alone it proves nothing: a chain of
-short lives slips through it.
+deadline, a way on where the targets hold the lock, take every pid or starve the killer, and proof. kill(-1) holds
+tasklist_lock for all (kill_something_info in kernel/signal.c), and fork fails with a signal pending (copy_process in
+kernel/fork.c, Linux 6.1): whoever it hits has no child any more, and keeps its number until it is dead. So a listing
+of /proc after a *completed* call misses none. Alone it proves nothing: a chain of short lives slips through it.
 """
 
 from __future__ import annotations
@@ -24,12 +22,10 @@ if TYPE_CHECKING:
 
     Found = tuple[int, str, bool]  # pid, state as in proc_pid_status(5), and whether a uid matched or only a gid
 
-_SIGKILL = 9
-_EPERM, _EAGAIN, _ENOMEM, _EBUSY, _EROFS, _ETIMEDOUT = 1, 11, 12, 16, 30, 110  # <asm-generic/errno.h>
+_SIGKILL, _EPERM, _EBUSY, _EROFS, _ETIMEDOUT = 9, 1, 16, 30, 110  # <asm-generic/signal.h>, <asm-generic/errno.h>
 _LATE = 126  # exit status of a killer that was too late to kill; no errno of ours
 _UID_MIN, _UID_MAX = 1000, 0xFFFFFFFD  # -1, and in 16 bits -2, are for "leave it" and for nobody
-_POLL_S = 0.001
-_SETTLE_S = 0.05  # for the dying to be dead before all is done again
+_POLL_S, _SETTLE_S = 0.001, 0.05  # between two looks at the dying; until all is done again
 _PATIENCE_S = 0.25  # ten thousand processes take kill(-1) about that long
 
 
@@ -39,18 +35,16 @@ def reap(step: Reap, _state: object = None) -> None:
     Those with the gid and not the uid are never killed: they are somebody's, and make it fail.
 
     Raises:
-        OSError: the lock was not to be had, or it was not proved in time (ETIMEDOUT); processes are left (EBUSY), and
-            named; or the killer failed. The ids must then not be used.
+        OSError: the lock, or the proof, was not to be had in time (ETIMEDOUT); those named are left (EBUSY); or the
+            killer failed. The ids must then not be used.
     """
     if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
         raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
     deadline = _now() + step.timeout_ms / 1000
     lock = _open_lock(step.lock)
     try:
-        locked = _await_lock(lock, step, deadline)
+        _await_lock(lock, step, deadline)
         while True:
-            # Where its holders are what we kill, the first round makes it free.
-            locked = locked or _try_lock(lock)
             sent = _kill_all(step, deadline)
             left = survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline) if sent else 0.0)
             if sent and not left:
@@ -69,9 +63,8 @@ def _now() -> float:
 def _failure(left: list[Found], step: Reap) -> OSError:
     if not left:
         return OSError(_ETIMEDOUT, "it was not proved in time that none is left", f"uid {step.uid}")
-    named = [f"{pid} ({state}) by {'uid' if by_uid else 'gid, with another uid'}" for pid, state, by_uid in left[:10]]
-    more = f" and {len(left) - 10} more" if len(left) > 10 else ""
-    return OSError(_EBUSY, f"still alive: {', '.join(named)}{more}", f"uid {step.uid}, gid {step.gid}")
+    named = [f"{pid} ({state}) by {'uid' if by_uid else 'gid, with another uid'}" for pid, state, by_uid in left]
+    return OSError(_EBUSY, f"{len(left)} still alive: {', '.join(named[:10])}", f"uid {step.uid}, gid {step.gid}")
 
 
 def _open_lock(path: str) -> int:
@@ -84,29 +77,23 @@ def _open_lock(path: str) -> int:
         return os.open(path, os.O_RDONLY | flags)  # flock(2) asks for no more; if it is not there, that is an error
 
 
-def _try_lock(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-
-
-def _await_lock(lock: int, step: Reap, deadline: float) -> bool:
-    """Return True once it is ours; False where to go on without it, since what we are to kill holds it.
+def _await_lock(lock: int, step: Reap, deadline: float) -> None:
+    """Return once it is ours; or where to go on without it, since what we are to kill holds it.
 
     The same half-way to the deadline, if nobody is seen to hold it: who passes it on and ends is no toolstack. Two
     killers at once hit each other, as both have the reaper's uid: that costs a round, and no proof.
     """
     half = (_now() + deadline) / 2
-    while not _try_lock(lock):
-        targets, others = _holders(lock, step)
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            targets, others = _holders(lock, step)
         if not others and (targets or _now() > half):
-            return False
+            return None
         if _now() > deadline:
             raise OSError(_ETIMEDOUT, f"another reaper holds the lock: process {', '.join(others)}", step.lock)
         time.sleep(10 * _POLL_S)
-    return True
 
 
 def _holders(lock: int, step: Reap) -> tuple[bool, list[str]]:
@@ -126,11 +113,10 @@ def _holders(lock: int, step: Reap) -> tuple[bool, list[str]]:
             texts = [_read(f"/proc/{pid}/fdinfo/{fd}") for fd in os.listdir(f"/proc/{pid}/fdinfo")]
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended
-        if not any(inode in text and b"FLOCK" in text for text in texts):
-            continue
-        if _look(pid, step.uid, -1):
+        held = any(inode in text and b"FLOCK" in text for text in texts)
+        if held and _look(pid, step.uid, -1):
             targets = True
-        else:
+        elif held:
             name, _, rest = _read(f"/proc/{pid}/stat").rpartition(b") ")
             others.append(f"{ascii(name.decode('utf-8', 'replace'))[1:-1]}) {rest[:1].decode()}")
     return targets, others
@@ -157,10 +143,8 @@ def _have_killed(step: Reap, deadline: float) -> bool:
     """Send the signal from a child that becomes the reaper."""
     try:
         child = os.fork()
-    except OSError as error:
-        if error.errno not in (_EAGAIN, _ENOMEM):
-            raise
-        _kill_singly(step, deadline)  # they have all pids or all memory: make room
+    except OSError:
+        _kill_singly(step, deadline)  # they have all pids (EAGAIN) or all memory (ENOMEM): make room
         return False
     if child == 0:
         status = 125
@@ -172,7 +156,7 @@ def _have_killed(step: Reap, deadline: float) -> bool:
             status = min(error.errno or 125, 125)
         finally:
             os._exit(status)
-    # Whoever has its effective uid may slow it down: SCHED_IDLE on a busy processor (check_same_owner() in kernel/sched).
+    # Whoever has its effective uid may make it slow: by SCHED_IDLE on a busy processor. See sched_setscheduler(2).
     patience = _now() + _PATIENCE_S
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         if _now() > deadline:

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not die is said, kept from use and held against nobody else; and cleared once it can die.
+
+The kernel lets nothing end a process that the freezer of cgroup v1 holds, not even SIGKILL: as it is with one that
+waits for a server that is gone. See freezer-subsystem.rst of the kernel's documentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.support.guests import CommandLine, await_end, config_text
+from tests.support.host import living, need
+
+from depriv import collect, ending
+from depriv.config import Disk, Domain
+from depriv.errors import DeprivError, PlanError
+from depriv.registry import REUSE_DELAY_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    from depriv.api import Guest, Toolstack
+
+pytestmark = [pytest.mark.qemu, pytest.mark.root]
+
+FREEZER = "/sys/fs/cgroup/freezer"
+PATIENCE_S = 10.0
+SHARED = "xen-qemuuser-shared"
+
+
+class Frozen:
+    """A process that stands still and cannot end, until it is thawed."""
+
+    def __init__(self, pid: int) -> None:
+        """Freeze it with all its threads."""
+        self._path = f"{FREEZER}/depriv-tests-{os.getpid()}-{pid}"
+        self.pid = pid
+        self._is_frozen = True
+        os.mkdir(self._path)
+        self._write("cgroup.procs", str(pid))
+        self._write("freezer.state", "FROZEN")
+        deadline = time.monotonic() + PATIENCE_S
+        while self._state() != "FROZEN":
+            assert time.monotonic() < deadline, self._state()
+            time.sleep(0.005)
+
+    def thaw(self) -> None:
+        """Let it go on; what was sent to it meanwhile arrives."""
+        if self._is_frozen:
+            self._write("freezer.state", "THAWED")
+            self._is_frozen = False
+
+    def close(self) -> None:
+        """Thaw it, let it go back to where it was from, if it lives, and remove what held it."""
+        self.thaw()
+        with contextlib.suppress(ProcessLookupError):
+            with open(f"{FREEZER}/cgroup.procs", "w", encoding="ascii") as file:
+                file.write(str(self.pid))
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                os.rmdir(self._path)
+                return
+            except OSError:
+                assert time.monotonic() < deadline, f"process {self.pid} stays in {self._path}"
+                time.sleep(0.01)
+
+    def _state(self) -> str:
+        with open(f"{self._path}/freezer.state", encoding="ascii") as file:
+            return file.read().strip()
+
+    def _write(self, name: str, text: str) -> None:
+        with open(f"{self._path}/{name}", "w", encoding="ascii") as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def freezing() -> Generator[Callable[[int], Frozen]]:
+    """Yield what freezes processes; at the end all of them go on."""
+    need(os.path.isdir(FREEZER), what="the freezer of cgroup v1")
+    made: list[Frozen] = []
+
+    def freeze(pid: int) -> Frozen:
+        made.append(Frozen(pid))
+        return made[-1]
+
+    try:
+        yield freeze
+    finally:
+        for each in made:
+            each.close()
+
+
+def cli(host: Toolstack, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``depriv WORDS`` on the domains of ``host`` and hold it to its exit status."""
+    argv = [sys.executable, "-m", "depriv.cli", *words]
+    environ = {**os.environ, "DEPRIV_STATE_DIR": host.registry.folder}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, env=environ)
+    assert done.returncode == expect, f"depriv {' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def gc(host: Toolstack, *words: str, expect: int = 0) -> list[dict[str, Any]]:
+    """Return what ``depriv gc --json`` says of the domains of ``host``; what others have left is not ours."""
+    done: list[dict[str, Any]] = json.loads(cli(host, "gc", "--json", *words, expect=expect).stdout)
+    return done
+
+
+@contextlib.contextmanager
+def process_of(uid: int, *argv: str, gid: int = 0) -> Generator[subprocess.Popen[bytes]]:
+    """Yield a process that has a uid for no reason that depriv knows of; it waits unless ``argv`` is something else."""
+    ids = ["setpriv", f"--reuid={uid}", f"--regid={gid or uid}", "--clear-groups"]
+    words = argv or ("sh", "-c", "trap '' HUP INT QUIT TERM; while :; do sleep 1; done")
+    with subprocess.Popen([*ids, *words], cwd="/", stdin=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while process.pid not in living(range(uid, uid + 1)):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.005)
+            yield process
+        finally:
+            process.kill()
+
+
+def uid_of(uids: range, domid: int) -> int:
+    """Return the uid that a domain with this domid has."""
+    from tests.support.guests import DOMIDS
+
+    return uids.start - DOMIDS.start + domid
+
+
+@pytest.fixture
+def freeze(host: Toolstack) -> Iterator[Callable[[int], Frozen]]:
+    del host  # its domains can end only after they are thawed
+    with freezing() as freeze:
+        yield freeze
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process wait for the end of what does not die for a moment only."""
+    monkeypatch.setattr(ending, "END_TIMEOUT_S", 0.4)
+
+
+def create(host: Toolstack, name: str, image: Path, **fields: Any) -> Guest:
+    if not image.exists():
+        image.write_bytes(bytes(1 << 20))
+    disk = Disk(vdev="xvda", target=str(image))
+    return host.create(Domain(name=name, disks=(disk,), memory_mib=16, **fields), paused=True)
+
+
+def quarantined(host: Toolstack, guest: Guest) -> str:
+    """Destroy a guest that cannot die; return what is said of it."""
+    with pytest.raises(DeprivError) as caught:
+        guest.destroy()
+    return collect.cause_of(caught.value)
+
+
+def test_destroy_of_what_does_not_die_ends_in_time_and_names_it_and_what_to_look_at(
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
+) -> None:
+    guest = create(host, "web", tmp_path / "a.img")
+    pid = guest.row().pid
+    freeze(pid)
+    began = time.monotonic()
+    done = cli(host, "destroy", "web", expect=125)
+    assert ending.END_TIMEOUT_S - 1 < time.monotonic() - began < ending.END_TIMEOUT_S + 5
+    assert f"{pid} (D) by uid" in done.stderr
+    assert "  fix: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_quarantined_domain_is_listed_with_the_reason(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    guest = create(host, "web", tmp_path / "a.img")
+    before = guest.row()
+    freeze(before.pid)
+    quarantined(host, guest)
+    (line, reason) = cli(host, "list").stdout.splitlines()[1:]
+    assert line.split()[:3] == ["web", str(guest.domid), "quarantined"]
+    assert reason.startswith("    ")
+    assert f"{before.pid} (D) by uid" in reason
+    (row,) = json.loads(cli(host, "list", "--json").stdout)
+    assert (row["state"], row["uid"], row["gid"]) == ("quarantined", before.uid, before.gid)
+    assert f"{before.pid} (D)" in row["trouble"]
+    # Seen by name and by number, and by nobody as a guest that could be talked to.
+    assert host.rows(("web",)) == host.rows((str(guest.domid),))
+    assert not guest.audit().holds or living(range(before.uid, before.uid + 1))
+
+
+def test_nothing_that_a_quarantined_domain_has_is_given_to_another(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.img"
+    guest = create(host, "web", image)
+    old = guest.row()
+    freeze(old.pid)
+    quarantined(host, guest)
+    with pytest.raises(PlanError) as caught:
+        create(host, "other", image)
+    assert str(image) in str(caught.value) + caught.value.cause
+    assert "web" in str(caught.value) + caught.value.cause
+    assert [row.state for row in host.rows()] == ["quarantined"]
+    # Its name is free: its end was asked for. And a name means the domain that can be talked to.
+    again = create(host, "web", tmp_path / "b.img")
+    new = again.row()
+    assert new.state == "paused"
+    assert {old.uid, old.gid, old.domid}.isdisjoint({new.uid, new.gid, new.domid})
+    assert host.guest("web").domid == again.domid
+    assert again.audit().holds
+    cli(host, "destroy", "web")
+    assert [(row.domid, row.state) for row in host.rows()] == [(old.domid, "quarantined")]
+
+
+def test_quarantined_domain_slows_no_other_start(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    count = 3
+
+    def fastest() -> float:
+        times: list[float] = []
+        for _ in range(5):
+            began = time.monotonic()
+            guest = create(host, "quick", tmp_path / "q.img")
+            times.append(time.monotonic() - began)
+            guest.destroy()
+        return min(times)
+
+    guests = [create(host, f"web{number}", tmp_path / f"{number}.img") for number in range(count)]
+    before = fastest()
+    for guest in guests:
+        freeze(guest.row().pid)
+        quarantined(host, guest)
+    after = fastest()
+    print(f"{before:.3f} s before, {after:.3f} s beside {count} that do not die")
+    assert after - before < count * 0.02
+    assert [row.state for row in host.rows()] == ["quarantined"] * count
+
+
+def test_gc_says_that_it_does_not_die_and_the_next_one_after_it_could_clears_it(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.img"
+    guest = create(host, "web", image)
+    row = guest.row()
+    frozen = freeze(row.pid)
+    quarantined(host, guest)
+    for _ in range(2):
+        began = time.monotonic()
+        (done,) = gc(host, expect=1)
+        assert time.monotonic() - began < 5
+        assert (done["kind"], done["result"], done["domid"], done["name"]) == ("quarantine", "quarantined", row.domid, "web")
+        assert f"{row.pid} (D)" in done["cause"]
+        assert [each.state for each in host.rows()] == ["quarantined"]
+    assert "does not die yet, its ids are quarantined" in cli(host, "gc", "web", expect=1).stdout
+    frozen.thaw()
+    assert await_end(row.pid)  # of the kill that came while it stood
+    (done,) = gc(host)
+    assert (done["kind"], done["result"], done["domid"]) == ("quarantine", "done", row.domid)
+    assert host.guests() == ()
+    rests(host, row.domid)
+    assert create(host, "other", image).row().state == "paused"
+
+
+def test_next_create_clears_what_has_died_meanwhile(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    image = tmp_path / "a.img"
+    guest = create(host, "web", image)
+    row = guest.row()
+    frozen = freeze(row.pid)
+    quarantined(host, guest)
+    frozen.thaw()
+    assert await_end(row.pid)
+    again = create(host, "web", image)
+    assert [each.domid for each in host.guests()] == [again.domid]
+    assert again.domid != row.domid
+    rests(host, row.domid)
+
+
+def rests(host: Toolstack, domid: int) -> None:
+    """Hold the registry to letting a domid rest."""
+    with open(f"{host.registry.folder}/history.json", encoding="ascii") as file:
+        freed = json.load(file)["freed"]
+    assert 0 <= time.clock_gettime(time.CLOCK_BOOTTIME) - freed[str(domid)] < REUSE_DELAY_S
+    assert host.registry.next_domid() != domid
+
+
+def test_destroy_may_be_tried_again(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+) -> None:
+    guest = create(host, "web", tmp_path / "a.img")
+    frozen = freeze(guest.row().pid)
+    quarantined(host, guest)
+    quarantined(host, host.guest("web"))
+    frozen.thaw()
+    host.guest("web").destroy()
+    assert host.guests() == ()
+
+
+def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
+    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, uids: range, tmp_path: Path
+) -> None:
+    """Somebody who does not die has the uid already: the domain gets another one, and that one is out of use."""
+    create(host, "first", tmp_path / "1.img").destroy()  # what a new host does once is done
+    domid = host.registry.next_domid()
+    uid = uid_of(uids, domid)
+    warnings: list[str] = []
+    with process_of(uid) as stranger:
+        frozen = freeze(stranger.pid)
+        disk = Disk(vdev="xvda", target=str(tmp_path / "1.img"))
+        guest = host.create(Domain(name="web", disks=(disk,)), paused=True, warn=warnings.append)
+        assert guest.domid == domid + 1
+        assert guest.audit().holds
+        (warning,) = warnings
+        assert f"{stranger.pid} (D) by uid" in warning
+        assert "quarantined" in warning
+        rows = {row.domid: row for row in host.rows()}
+        assert (rows[domid].state, rows[domid].uid) == ("quarantined", uid)
+        assert f"{stranger.pid} (D)" in rows[domid].trouble
+        (done,) = gc(host, expect=1)
+        assert done["domid"] == domid
+        # Its image is the running one's: what is quarantined is an id, and whoever has it.
+        assert guest.row().state == "paused"
+        frozen.thaw()
+        assert stranger.wait(PATIENCE_S) == -signal.SIGKILL
+    (done,) = gc(host)
+    assert (done["domid"], done["result"]) == (domid, "done")
+    assert [each.domid for each in host.guests()] == [guest.domid]
+    rests(host, domid)
+
+
+def test_stray_that_does_not_die_keeps_its_id_from_use(
+    host: Toolstack, freeze: Callable[[int], Frozen], uids: range, tmp_path: Path
+) -> None:
+    create(host, "first", tmp_path / "1.img").destroy()
+    domid = host.registry.next_domid()
+    with process_of(uid_of(uids, domid)) as stranger:
+        frozen = freeze(stranger.pid)
+        (done,) = gc(host, expect=1)
+        assert (done["kind"], done["result"], done["domid"]) == ("process", "quarantined", domid)
+        assert f"{stranger.pid} (D)" in done["cause"]
+        assert host.registry.next_domid() == domid + 1
+        (row,) = host.rows()
+        assert (row.domid, row.state, row.uid) == (domid, "quarantined", uid_of(uids, domid))
+        frozen.thaw()
+        assert stranger.wait(PATIENCE_S) == -signal.SIGKILL
+    assert [each["result"] for each in gc(host)] == ["done"]
+    assert host.guests() == ()
+
+
+@pytest.fixture
+def users(uids: range, tmp_path: Path) -> Iterator[tuple[CommandLine, int]]:
+    """Return the command line on a host with two more users, svc and the shared one, and the uid of svc."""
+    svc = uids.start - 1000  # outside of every test's domids, and of the host's users
+    with open("/etc/passwd", encoding="ascii") as file:
+        text = "".join(line for line in file if not line.startswith((f"{SHARED}:", "svc:")))
+    nothing = "depriv:/nonexistent:/usr/sbin/nologin"
+    for number, name in enumerate(("svc", SHARED)):
+        text += f"{name}:x:{svc + number}:{svc + number}:{nothing}\n"
+    path = tmp_path / "passwd"
+    path.write_text(text)
+    made = CommandLine(bind=(str(path), "/etc/passwd"))
+    yield made, svc
+    made.close()
+
+
+def test_user_whose_domain_does_not_die_runs_no_other(
+    users: tuple[CommandLine, int], tmp_path: Path
+) -> None:
+    depriv, svc = users
+    path = tmp_path / "svc.cfg"
+    path.write_text(config_text("one", device_model_user="svc"))
+    with freezing() as freeze:
+        depriv.run("create", str(path))
+        (row,) = depriv.rows()
+        assert row["uid"] == svc
+        freeze(row["pid"])
+        depriv.run("destroy", "one", expect=125)
+        path.write_text(config_text("two", device_model_user="svc"))
+        said = depriv.run("create", str(path), expect=125).stderr
+        assert "one" in said
+        assert str(svc) in said or "svc" in said
+        assert [(each["name"], each["state"]) for each in depriv.rows()] == [("one", "quarantined")]
+    assert await_end(row["pid"])
+    depriv.run("create", str(path))
+    assert [each["name"] for each in depriv.rows()] == ["two"]
+
+
+def test_user_with_a_process_that_does_not_die_is_refused_and_nothing_is_quarantined(
+    users: tuple[CommandLine, int], tmp_path: Path
+) -> None:
+    depriv, svc = users
+    path = tmp_path / "svc.cfg"
+    path.write_text(config_text("one", device_model_user="svc"))
+    with process_of(svc) as service:
+        with freezing() as freeze:
+            freeze(service.pid)
+            began = time.monotonic()
+            said = depriv.run("create", str(path), expect=125).stderr
+            assert time.monotonic() - began < 5
+            assert str(service.pid) in said
+        assert depriv.rows() == []
+        assert service.poll() is None  # nobody has sent it anything
+
+
+def test_shared_domain_that_does_not_die_is_named_and_tried_again_in_no_time(
+    users: tuple[CommandLine, int], tmp_path: Path
+) -> None:
+    """Nothing is killed by a shared uid: it is process 1 of its pid namespace that has to be seen dead."""
+    depriv, svc = users
+    path = tmp_path / "s.cfg"
+    for name in ("one", "two"):
+        path.write_text(config_text(name, device_model_user=SHARED))
+        depriv.run("create", str(path))
+    one, two = depriv.rows()
+    assert {one["uid"], two["uid"]} == {svc + 1}
+    with freezing() as freeze:
+        freeze(one["pid"])
+        began = time.monotonic()
+        said = depriv.run("destroy", "one", expect=125).stderr
+        assert time.monotonic() - began < ending.END_TIMEOUT_S + 5
+        assert f"process {one['pid']}" in said
+        assert "stack" in said
+        began = time.monotonic()
+        depriv.run("gc", "one", expect=1)
+        assert time.monotonic() - began < 5
+        states = {each["name"]: (each["state"], each["pid"]) for each in depriv.rows()}
+        assert states["two"] == ("running", two["pid"])
+        assert states["one"][0] == "quarantined"
+    assert await_end(one["pid"])
+    depriv.run("gc")
+    assert [(each["name"], each["pid"]) for each in depriv.rows()] == [("two", two["pid"])]
