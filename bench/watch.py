@@ -99,18 +99,20 @@ def noticed(state_dir: str, ends: int) -> list[float]:
     """Kill some QEMUs, one after the other; return for each how many milliseconds later the watcher had said so."""
     registry = Registry(state_dir)
     watcher = Watcher(state_dir)
-    time.sleep(3)
-    took: list[float] = []
-    all_of_them = len(registry.domids())
-    for entry in registry.entries()[:ends]:
-        assert entry.expected is not None
-        began = time.monotonic()
-        os.kill(entry.expected.pid, signal.SIGKILL)
-        took.append((watcher.await_line(f"{entry.name} (domain {entry.domid}): its QEMU is gone") - began) * 1000)
-    deadline = time.monotonic() + 60
-    while len(registry.domids()) > all_of_them - ends and time.monotonic() < deadline:
-        time.sleep(0.1)  # until the last `gc` has cleared its domain away
-    watcher.end()
+    try:
+        time.sleep(3)
+        took: list[float] = []
+        all_of_them = len(registry.domids())
+        for entry in [entry for entry in registry.entries() if entry.state == "running"][:ends]:
+            assert entry.expected is not None
+            began = time.monotonic()
+            os.kill(entry.expected.pid, signal.SIGKILL)
+            took.append((watcher.await_line(f"{entry.name} (domain {entry.domid}): its QEMU is gone") - began) * 1000)
+        deadline = time.monotonic() + 60
+        while len(registry.domids()) > all_of_them - ends and time.monotonic() < deadline:
+            time.sleep(0.1)  # until the last `gc` has cleared its domain away
+    finally:
+        watcher.end()
     return took
 
 

@@ -196,7 +196,7 @@ class Toolstack:
         if dry_run:
             return tuple(collect.outcome(each, "would") for each in due)
         done = tuple(self._do(each, said.get(each.domid, "")) for each in due)
-        if not domids:
+        if not domids and collect.is_swept(self.registry, done):
             self.registry.mark_seen()
         return done
 

@@ -223,7 +223,8 @@ def _clear_domain(due: Due, registry: Registry, said: str) -> Done:
         return outcome(due, "done")
     with registry.locked_domain(due.domid, timeout_s=_LOCK_TIMEOUT_S), Jail() as jail:
         now = registry.read(due.domid)
-        if now is None or of_entry(now, registry, said, restart=False) is None:
+        # A start holds that lock until it is over, so one that is found here was cut short, even if its program lives.
+        if now is None or (now.state != "starting" and of_entry(now, registry, said, restart=False) is None):
             return outcome(due, "gone", cause="another command has seen to it")
         if now.state == "starting" and not now.uid:
             forget(now, registry)  # nothing of it was ever made
@@ -232,7 +233,7 @@ def _clear_domain(due: Due, registry: Registry, said: str) -> Done:
             timeout_s = _RETRY_TIMEOUT_S if now.state == "quarantined" else END_TIMEOUT_S
             finish(now, registry, jail, timeout_s=timeout_s)
         except DeprivError as error:
-            return outcome(due, "quarantined", cause=cause_of(error))
+            return _not_done(due, registry, error)
     return outcome(due, "done")
 
 
@@ -255,10 +256,17 @@ def _clear_processes(due: Due, registry: Registry) -> Done:
             with Jail() as jail:
                 finish(entry, registry, jail)
         except DeprivError as error:
-            return outcome(due, "quarantined", cause=cause_of(error))
+            return _not_done(due, registry, error)
     if due.path:
         cgroup.remove_folder(os.path.dirname(due.path))
     return outcome(due, "done")
+
+
+def _not_done(due: Due, registry: Registry, error: DeprivError) -> Done:
+    """Return why a domain is still there: something of it does not die, or it is dead and its entry cannot go."""
+    now = registry.read(due.domid)
+    result = "quarantined" if now is not None and now.state == "quarantined" else "failed"
+    return outcome(due, result, cause=cause_of(error))
 
 
 def _is_left(due: Due) -> bool:
@@ -283,9 +291,14 @@ def tidy(registry: Registry, cache_dir: str) -> tuple[Done, ...]:
     due = survey(registry, cache_dir=cache_dir, said={}, restart=False)
     due = tuple(each for each in due if each.kind != "quarantine" or not _lives(each, registry))
     done = tuple(clear(each, registry) for each in (*due, *(strays(registry) if new else ())))
-    if new:
+    if is_swept(registry, done):
         registry.mark_seen()
     return done
+
+
+def is_swept(registry: Registry, done: tuple[Done, ...]) -> bool:
+    """Tell whether the past is seen to as of now: then no start looks for strays again."""
+    return registry.is_new and not any(each.kind == "process" and each.result in ("busy", "failed") for each in done)
 
 
 def _lives(due: Due, registry: Registry) -> bool:
@@ -293,4 +306,4 @@ def _lives(due: Due, registry: Registry) -> bool:
     entry = registry.read(due.domid)
     if entry is None:
         return False
-    return bool(cgroup.members(entry.cgroup) or proc.processes_of(uid=entry.uid, gid=entry.gid))
+    return bool(cgroup.members(entry.cgroup) or proc.processes_of(uid=entry.uid or None, gid=entry.gid or None))

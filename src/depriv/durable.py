@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOCK_TIMEOUT_S = 10.0
 _BYTES_MAX = 1 << 20
-_ROOM_FIX = "see that there is room: df -h /run"
+_ROOM_FIX = "see that it is writable and has room: df -h /run"
 
 
 class DamagedError(HostError):
@@ -37,8 +37,8 @@ def write(paths: tuple[str, ...], data: dict[str, Any]) -> None:
     """Replace files by the same content, each whole: written beside, synced, renamed, in the order given.
 
     Raises:
-        HostError: there is no room, or the file system is read-only. Every file is as it was, but that a copy after
-            the first may be missing.
+        HostError: there is no room, or the file system is read-only. Each file is as it was, or new; none is after one
+            that is as it was.
     """
     text = json.dumps(data).encode()
     made: list[tuple[str, str]] = []

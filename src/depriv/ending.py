@@ -40,8 +40,8 @@ def destroy(entry: Entry, registry: Registry, jail: Jail | None = None) -> None:
             finish(registry.current(entry), registry, ready)
 
 
-def finish(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float = END_TIMEOUT_S) -> None:
-    """Do what ``destroy`` does; the domain must be locked. ``jail`` is used up.
+def finish(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float | None = None) -> None:
+    """Do what ``destroy`` does; the domain must be locked. ``jail`` is used up. ``timeout_s`` None: END_TIMEOUT_S.
 
     Raises:
         DeprivError: something of it still lives; it is quarantined.
@@ -73,17 +73,18 @@ def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:
         registry.save(entry.replace(state="quarantined", trouble=trouble))
 
 
-def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float = END_TIMEOUT_S) -> None:
+def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float | None = None) -> None:
     """Kill everything of a domain, which is locked, and see that it is gone. ``jail`` is used up.
 
     Raises:
         DeprivError: something lives still.
     """
+    wait_s = END_TIMEOUT_S if timeout_s is None else timeout_s
     if entry.boot_id == registry.boot_id:
         # That of its start, if that was cut short: whoever starts a domain holds its lock. First, so that nothing new
         # comes from it.
         kill_process(entry.jail_pid, entry.jail_starttime)
-        _await_end(entry.jail_pid, entry.jail_starttime, "the jail")
+        _await_end(entry.jail_pid, entry.jail_starttime, "the jail", wait_s)
     kill(entry, registry)
     if not entry.shared and entry.uid >= _UID_MIN:
         reap = Reap(
@@ -91,14 +92,14 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
             gid=entry.gid,
             reaper_uid=entry.reaper_uid,
             lock=f"{registry.folder}/reaper.lock",
-            timeout_ms=int(timeout_s * 1000),
+            timeout_ms=int(wait_s * 1000),
         )
         steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
-        jail.reap(steps, timeout_s=timeout_s + 5)
+        jail.reap(steps, timeout_s=wait_s + 5)
     if entry.expected is not None and entry.boot_id == registry.boot_id:
         # Process 1 of a pid namespace is wholly dead only when everything in it is. See pid_namespaces(7).
-        _await_end(entry.expected.pid, entry.expected.starttime, "QEMU")
-    cgroup.remove_cgroup(entry.cgroup, timeout_s=timeout_s)
+        _await_end(entry.expected.pid, entry.expected.starttime, "QEMU", wait_s)
+    cgroup.remove_cgroup(entry.cgroup, timeout_s=wait_s)
 
 
 def kill(entry: Entry, registry: Registry) -> None:
@@ -128,9 +129,9 @@ def kill_process(pid: int, starttime: int) -> None:
         os.close(pidfd)
 
 
-def _await_end(pid: int, starttime: int, what: str) -> None:
+def _await_end(pid: int, starttime: int, what: str, timeout_s: float) -> None:
     """See one process to its end."""
-    deadline = time.monotonic() + END_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while pid > 0 and proc.alive(pid, starttime) != "dead":
         if time.monotonic() > deadline:
             raise HostError(f"{what}, process {pid}, does not die", fix=f"see what it waits for: cat /proc/{pid}/stack")

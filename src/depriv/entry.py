@@ -51,8 +51,14 @@ class Entry(Record):
     @property
     def holding(self) -> Holding:
         """What planning has to know of it. The name of one that is quarantined is free: its end was asked for."""
-        name = "" if self.state == "quarantined" else self.name
-        return Holding(name=name, domid=self.domid, uid=self.uid, gid=self.gid, images=self.images)
+        return Holding(
+            name=self.name,
+            domid=self.domid,
+            uid=self.uid,
+            gid=self.gid,
+            images=self.images,
+            name_free=self.state == "quarantined",
+        )
 
     def same_life(self, other: Entry) -> bool:
         """Tell whether both are of one start of one domain."""
@@ -106,4 +112,4 @@ def _is_of_its_types(entry: Entry) -> bool:
         plain += [(word, "str") for word in entry.expected.environ]
     plain += [(getattr(record, name), kind) for record in records for name, kind in record.fields.items()]
     good = all(type(value) is _TYPES[kind] for value, kind in plain if kind in _TYPES)
-    return good and isinstance(entry.config, dict | None) and entry.state in STATES
+    return good and type(entry.config) in (dict, type(None)) and entry.state in STATES

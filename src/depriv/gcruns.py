@@ -72,11 +72,13 @@ class Runs:
         now = monotonic()
         busy = {run.domid for run in self._running.values()}
         behind = sum(self._is_behind(domid) for domid in busy)
-        for domid in sorted(self._wanted, key=self._is_behind):
+        for domid in sorted(self._wanted, key=lambda domid: (self._is_behind(domid), domid == ALL)):
             if len(self._running) >= RUNS_MAX:
                 return
             if self._wanted[domid] > now or domid in busy or (self._is_behind(domid) and behind >= BEHIND_MAX):
                 continue
+            if domid == ALL and any(now - run.began < SLOW_S for run in self._running.values()):
+                continue  # it would see to the same domains at the same time
             del self._wanted[domid]
             if not is_listed(domid):
                 self._pauses.pop(domid, None)

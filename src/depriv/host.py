@@ -51,6 +51,7 @@ class Holding(Record):
     uid: int
     gid: int
     images: tuple[tuple[int, int, int, bool], ...] = ()  # st_dev, st_ino, st_rdev, writable
+    name_free: bool = False  # another may have its name: its own end was asked for, and does not come
 
 
 class Host(Record):

@@ -104,7 +104,7 @@ def create(  # noqa: PLR0913 (some of them are for callers that want to know mor
                 )
                 return Started(entry, report, launch, times)
             except JailError as error:
-                if not (attempts_left and error.step.startswith("kill every process") and error.errno == errno.EBUSY):
+                if not (attempts_left and _is_uid_held(error)):
                     raise
                 # The id is quarantined by now; with another one the guest can start all the same.
                 warn(f"{error}: {error.cause}. Its id is quarantined, the domain gets another one.")
@@ -168,13 +168,20 @@ def _start(  # noqa: PLR0913 (what one start is made of)
             if instead is not None:
                 with registry.locked():
                     registry.remove(instead.domid)
-        except BaseException:
+        except BaseException as error:
             try:
                 jail.__exit__()
             finally:
+                if _is_uid_held(error):
+                    entry = entry.replace(images=())  # the first step failed: the images are the next attempt's
                 _forget(entry, registry)
             raise
     return entry, report, launch
+
+
+def _is_uid_held(error: BaseException) -> bool:
+    """Tell whether a start ended at its first step: somebody who does not die has its uid or gid."""
+    return isinstance(error, JailError) and error.step.startswith("kill every process") and error.errno == errno.EBUSY
 
 
 def _holdings(registry: Registry, own: Entry, instead: Entry | None) -> tuple[Holding, ...]:
@@ -322,10 +329,14 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
 
 
 def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
-    """Let no guest run whose restrictions do not all hold; dm_restrict=0 is the one that may be off, if asked for."""
+    """Let no guest run whose restrictions do not all hold, but those that may be off if asked for: all, by dm_restrict=0,
+    or that no other has its uid, by naming the shared user.
+    """
     wrong = [check for check in report.checks if not check.holds]
     if not launch.plan.restricted:
         wrong = [check for check in wrong if check.id != "dm_restrict"]
+    if launch.plan.shared:
+        wrong = [check for check in wrong if check.id != "alone"]
     if wrong:
         raise JailError(
             "the guest was not let run: not every restriction holds",

@@ -225,7 +225,7 @@ def refuse_name(config: Domain, holdings: tuple[Holding, ...]) -> None:
         ConfigError: whose it is.
     """
     for other in holdings:
-        if other.name == config.name:
+        if other.name == config.name and not other.name_free:
             raise ConfigError(
                 f"a domain named {config.name!r} exists (domid {other.domid})",
                 cause="it is only just being started, or waits to be started again" if not other.uid else "",

@@ -135,11 +135,8 @@ class Registry:
         for name in (_STATE, _COPY):
             path = f"{self.directory(domid)}/{name}"
             try:
-                data = durable.load(path)
-                if data is not None:
-                    entry = decode(data)
-                    if entry.domid != domid:
-                        raise durable.DamagedError(f"{path} is misplaced", cause=f"it is domain {entry.domid}'s")
+                entry = _loaded(path, domid)
+                if entry is not None:
                     if name == _STATE and which == _which(path):
                         self._seen[domid] = (which, entry)
                     return entry
@@ -187,7 +184,8 @@ class Registry:
         One of an earlier boot is dead, whoever has its number now.
         """
         if entry.state == "damaged":
-            return "running" if cgroup.members(entry.cgroup) else "dead"
+            lives = cgroup.members(entry.cgroup) or (entry.uid and proc.processes_of(uid=entry.uid))
+            return "running" if lives else "dead"
         if entry.expected is None:
             return ""
         if entry.boot_id != self.boot_id:
@@ -239,7 +237,7 @@ class Registry:
             os.mkdir(self.directory(entry.domid), 0o700)
         except OSError as error:
             raise HostError(
-                f"cannot make {self.directory(entry.domid)}", fix="see that there is room: df -h /run"
+                f"cannot make {self.directory(entry.domid)}", fix="see that it is writable and has room: df -h /run"
             ) from error
         try:
             held.enter_context(self.locked_domain(entry.domid))
@@ -308,7 +306,9 @@ class Registry:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise HostError(f"cannot remove {self.directory(domid)}", fix="see that /run is writable") from error
+            raise HostError(
+                f"cannot remove {self.directory(domid)}", fix="see that /run is writable, then: depriv gc"
+            ) from error
         remove_tree(away)
 
     def _write_history(self, history: dict[int, float]) -> None:
@@ -328,6 +328,16 @@ class Registry:
             }  # one of the future rests for ever
         except (durable.DamagedError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return {}
+
+
+def _loaded(path: str, domid: int) -> Entry | None:
+    data = durable.load(path)
+    if data is None:
+        return None
+    entry = decode(data)
+    if entry.domid != domid:  # or ending the one would end the other
+        raise durable.DamagedError(f"{path} is misplaced", cause=f"it is of domain {entry.domid}")
+    return entry
 
 
 def _which(path: str) -> tuple[int, int, int]:

@@ -132,7 +132,9 @@ def watch(fakes: Fakes, tmp_path: Path) -> Iterator[Callable[[], Watching]]:
         return made[-1]
 
     yield start
-    for each in reversed(made):
+    for each in made:
+        each.process.kill()
+    for each in made:
         each.close()
 
 
@@ -195,3 +197,19 @@ def test_flooding_guest_is_given_up_and_its_own_end_still_noticed(fakes: Fakes, 
     watching.await_said("hostile (domain 1): QEMU talks nonsense on its events socket (it sent more than anybody")
     fakes.kill(hostile)
     watching.await_said("hostile (domain 1): its QEMU is gone")
+
+
+def test_process_that_has_the_number_of_a_dead_qemu_is_not_taken_for_it(
+    fakes: Fakes, watch: Callable[[], Watching]
+) -> None:
+    other = fakes.add("reused", 1, "honest")
+    entry = fakes.registry.read(1)
+    assert entry is not None
+    assert entry.expected is not None
+    fakes.registry.save(entry.replace(expected=entry.expected.replace(starttime=entry.expected.starttime - 1)))
+    fakes.add("earlier", 2, "honest", boot_id="00000000-0000-0000-0000-000000000000")
+    watching = watch()
+    watching.await_said("reused (domain 1): its QEMU is gone")
+    watching.await_said("earlier (domain 2): its QEMU is gone")
+    time.sleep(1)
+    assert other.poll() is None

@@ -148,6 +148,20 @@ def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) 
     assert said[1] == [0] * 4
 
 
+@pytest.mark.parametrize("change", ["uid=0", "uid=999", "uid=REAPER", "uid=2**32 - 1"])
+def test_dangerous_uid_is_refused_where_no_killer_can_be_forked(apart: Any, change: str) -> None:
+    """Then root itself kills, one by one: nothing but the uid in the plan says whom."""
+    said = apart(f"""
+        near = [start(uid, wait) for uid in (A, B, 999, REAPER)]
+        def none_left():
+            raise BlockingIOError(errno.EAGAIN, "no pid")
+        os.fork = none_left
+        number, _, _ = refusal(STEP.replace({change}, timeout_ms=300))
+        print(json.dumps([number, [ends(p) for p in near]]))
+    """)
+    assert said == [1, [0] * 4]
+
+
 @pytest.mark.parametrize(
     ("uid", "reaper_uid"),
     [(0, 76003), (76001, 0), (999, 76003), (76001, 999), (76001, 76001), (2**32 - 1, 76003), (65534, 76003)],

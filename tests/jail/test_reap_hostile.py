@@ -117,17 +117,20 @@ def test_bomb_goes_on_by_itself_and_ends_with_the_reaper(hostile: Run, what: str
     assert said == [True, [], False, [], 0]
 
 
-def test_bomb_of_spinning_processes_does_not_starve_the_reaper(hostile: Run) -> None:
-    """The whole answer takes well under the second that one round trip needs beside 300 that spin, unless preferred."""
+def test_thousand_that_fork_and_spin_do_not_starve_the_reaper(hostile: Run) -> None:
+    """Beside them an ordinary process takes up to three seconds, and worse, for what is done here in 0.1 to 0.3."""
     said = hostile("""
-        bomb("deaf", 300)
-        time.sleep(1)
-        number, elapsed, _ = refusal(STEP)
-        print(json.dumps([number, elapsed, living(A), os.sched_getscheduler(0)]))
+        took = []
+        for _ in range(2):
+            bomb("fork", 1000)
+            time.sleep(1.5)
+            number, elapsed, _ = refusal(STEP)
+            took.append(elapsed)
+            assert number == 0
+        print(json.dumps([max(took), living(A), os.sched_getscheduler(0)]))
     """)
-    assert said[0] == 0
-    assert said[1] < 2
-    assert said[2:] == [[], 0]  # and it is an ordinary process again
+    assert said[0] < 1.5
+    assert said[1:] == [[], 0]  # and it is an ordinary process again
 
 
 def test_chain_outruns_who_lists_and_kills_but_not_the_reaper(hostile: Run) -> None:
@@ -229,27 +232,62 @@ def test_killer_that_its_targets_slow_down_gets_help(hostile: Run) -> None:
     assert said[3] == []
 
 
-def test_reaper_of_another_registry_costs_rounds_and_no_proof(hostile: Run) -> None:
-    """It has the same real uid and another lock: it kills our killers, as fast as it can."""
+def test_killer_that_never_runs_is_helped_while_it_is_waited_for(hostile: Run) -> None:
+    """Stopped before it may kill: all that are seen die none the less, but nothing is proved, and it does not stay."""
+    said = hostile("""
+        me, change = os.getpid(), os.setgroups
+        os.setgroups = lambda groups: change(groups) if os.getpid() == me else os.kill(os.getpid(), signal.SIGSTOP)
+        target = os.fork()
+        if target == 0:
+            os.setresuid(A, A, A)
+            while True:
+                signal.pause()
+        until(lambda: living(A))
+        number, elapsed, text = refusal(STEP.replace(timeout_ms=600))
+        killed = signal_of(target)
+        killer = signal_of(-1)
+        print(json.dumps([errno.errorcode[number], elapsed < 2, killed, killer]))
+    """)
+    assert said == ["ETIMEDOUT", True, 9, 9]
+
+
+def test_killer_that_another_reaper_killed_proves_nothing(hostile: Run) -> None:
+    """It has the same real uid. Three times the signal is not sent, and the chain is not to be seen: go on."""
+    said = hostile("""
+        me, change = os.getpid(), os.setgroups
+        def cut(groups):
+            if os.getpid() != me:
+                with open(LOCK + ".rounds", "a") as file:
+                    file.write("x")
+                    if file.tell() <= 3:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            change(groups)
+        bomb("chain", 2)
+        time.sleep(0.1)
+        goes_on = forking()
+        os.setgroups = cut
+        number, _, text = refusal(STEP)
+        print(json.dumps([goes_on, number, text, forking(), os.path.getsize(LOCK + ".rounds") > 3]))
+    """)
+    assert said == [True, 0, "", False, True]
+
+
+def test_two_reapers_with_two_locks_both_reach_their_end(hostile: Run) -> None:
     said = hostile("""
         rival = os.fork()
         if rival == 0:
-            os.setresuid(REAPER, B, 0)
-            end = time.monotonic() + 0.6
-            while time.monotonic() < end:
-                os.kill(-1, signal.SIGKILL)
-                time.sleep(0.002)
+            for _ in range(30):
+                start(B, wait)
+                reap(STEP.replace(uid=B, gid=B, lock=LOCK + ".other"))
+                assert living(B) == []
             os._exit(0)
-        time.sleep(0.05)
-        lost = 0
-        for _ in range(20):
-            target = start(A, wait)
-            lost += not reaper._kill_all(STEP, reaper._now() + 5)
+        for _ in range(30):
+            start(A, wait)
             reap(STEP)
-            assert living(A) == [] and signal_of(target) == 9
-        print(json.dumps([lost, os.waitpid(rival, 0)[1]]))
+            assert living(A) == []
+        print(json.dumps(os.waitpid(rival, 0)[1]))
     """)
-    assert said[1] in (0, 9)  # ours may have killed it, too
+    assert said == 0
 
 
 # What holds on
@@ -342,11 +380,17 @@ def test_reaper_that_was_stopped_does_not_kill_the_next_owner_of_the_uid(hostile
 def test_killer_that_comes_too_late_kills_nobody(hostile: Run) -> None:
     said = hostile("""
         target = start(A, wait)
-        sent = reaper._kill_all(STEP, reaper._now() - 0.001)
-        alive = ends(target)
-        print(json.dumps([sent, alive, reaper._kill_all(STEP, reaper._now() + 5), signal_of(target)]))
+        sent = []
+        for offset in (-0.001, 5):
+            killer = os.fork()
+            if killer == 0:
+                os._exit(reaper._become_reaper_and_kill(STEP, reaper._now() + offset))
+            sent.append(os.waitpid(killer, 0)[1] >> 8)
+            time.sleep(0.05)
+            sent.append(ends(target))
+        print(json.dumps(sent))
     """)
-    assert said == [False, 0, True, 9]
+    assert said == [0, 0, 1, 9]
 
 
 @pytest.mark.parametrize("old_cgroup", ["pids"], indirect=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.guests import CommandLine, compiled, config_text, next_base, refused, seeded
+from tests.support.guests import FIRST_DOMID, CommandLine, compiled, config_text, next_base, refused, seeded
 from tests.support.host import living, snapshot
 
 from depriv import lifecycle
@@ -22,6 +22,7 @@ from depriv.api import Toolstack
 from depriv.config import Disk, Domain
 from depriv.errors import JailError, MonitorError
 from depriv.identity import DOMID_FIRST, DOMID_LAST, RANGE_BASE, REAPER
+from depriv.registry import Registry
 from depriv.spawn import Jail
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
 MIB = 1 << 20
+# Nobody's: the hosts of these tests alone know a user of it. Of no range: else it would be cleared away as a stray.
+SERVICE_UID = 1_900_020_000 + FIRST_DOMID
 
 
 def raw(path: Path, data: bytes = b"x") -> Path:
@@ -124,6 +127,7 @@ import os, sys
 import depriv.api, depriv.detect, depriv.lifecycle, depriv.xlconfig
 from depriv.config import Domain
 from depriv.errors import PlanError, render
+from depriv.registry import Registry
 from depriv.spawn import Jail
 with Jail() as jail:
     os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
@@ -289,7 +293,7 @@ def test_image_that_changes_after_it_was_planned_with_is_not_opened(
 def test_user_that_runs_something_is_no_device_models_and_nothing_of_it_is_killed(
     on_host_with: Callable[[Callable[[list[str]], list[str]]], CommandLine], uids: range, tmp_path: Path
 ) -> None:
-    uid = 91991  # nobody's: the host of this test alone knows the user
+    uid = SERVICE_UID
     host = on_host_with(lambda lines: [*lines, f"svc:x:{uid}:{uid}::/:/usr/sbin/nologin\n"])
     text = config_text("x", device_model_user="svc")
     argv = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "sleep", "60"]
@@ -311,6 +315,32 @@ def test_user_that_runs_something_is_no_device_models_and_nothing_of_it_is_kille
     (row,) = host.rows()
     assert row["uid"] == uid
     host.run("destroy", "x")
+
+
+def test_user_of_a_domain_is_no_other_domains_while_it_lives_or_does_not_die(
+    on_host_with: Callable[[Callable[[list[str]], list[str]]], CommandLine], uids: range, tmp_path: Path
+) -> None:
+    line = f"svc:x:{SERVICE_UID}:{SERVICE_UID}::/:/usr/sbin/nologin\n"
+    host = on_host_with(lambda lines: [*lines, line])
+    path = tmp_path / "first.cfg"
+    path.write_text(config_text("first", device_model_user="svc"))
+    host.run("create", str(path))
+    (row,) = host.rows()
+    assert row["uid"] == SERVICE_UID
+    second = config_text("second", device_model_user="svc")
+    for _ in range(2):
+        what, _, fix = refused(host, uids, second, status=125, tmp_path=tmp_path)
+        assert what == f"uid {SERVICE_UID} is already that of the device model of first"
+        assert fix
+        assert [(row["name"], row["pid"]) for row in host.rows()] == [("first", row["pid"])]
+        # Once more, after an end that it survived.
+        registry = Registry(host.state_dir)
+        registry.save(registry.find("first").replace(state="quarantined", trouble="it did not die"))
+    assert host.rows()[0]["state"] == "quarantined"
+    host.run("destroy", str(row["domid"]))
+    path.write_text(second)
+    host.run("create", str(path))
+    host.run("destroy", "second")
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.5])

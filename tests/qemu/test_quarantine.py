@@ -17,12 +17,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support import guests
 from tests.support.guests import CommandLine, await_end, config_text
 from tests.support.host import living, need
 
 from depriv import collect, ending
 from depriv.config import Disk, Domain
-from depriv.errors import DeprivError, PlanError
+from depriv.errors import ConfigError, DeprivError
+from depriv.host import CACHE_DIR
 from depriv.registry import REUSE_DELAY_S
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def gc(host: Toolstack, *words: str, expect: int = 0) -> list[dict[str, Any]]:
 def process_of(uid: int, *argv: str, gid: int = 0) -> Generator[subprocess.Popen[bytes]]:
     """Yield a process that has a uid for no reason that depriv knows of; it waits unless ``argv`` is something else."""
     ids = ["setpriv", f"--reuid={uid}", f"--regid={gid or uid}", "--clear-groups"]
-    words = argv or ("sh", "-c", "trap '' HUP INT QUIT TERM; while :; do sleep 1; done")
+    words = argv or ("sh", "-c", "trap '' HUP INT QUIT TERM; exec sleep 60")
     with subprocess.Popen([*ids, *words], cwd="/", stdin=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + PATIENCE_S
@@ -135,9 +137,12 @@ def process_of(uid: int, *argv: str, gid: int = 0) -> Generator[subprocess.Popen
 
 def uid_of(uids: range, domid: int) -> int:
     """Return the uid that a domain with this domid has."""
-    from tests.support.guests import DOMIDS
+    return uids.start - guests.DOMIDS.start + domid
 
-    return uids.start - DOMIDS.start + domid
+
+def uid_outside(uids: range) -> int:
+    """Return the first of ten uids that are nobody's: not of the range either, so that no sweep takes them for strays."""
+    return uid_of(uids, 33000 + guests.DOMIDS.start // 90 - 222)
 
 
 @pytest.fixture
@@ -209,10 +214,8 @@ def test_nothing_that_a_quarantined_domain_has_is_given_to_another(
     old = guest.row()
     freeze(old.pid)
     quarantined(host, guest)
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(ConfigError, match=f"{image} for xvda is in use by domain web"):
         create(host, "other", image)
-    assert str(image) in str(caught.value) + caught.value.cause
-    assert "web" in str(caught.value) + caught.value.cause
     assert [row.state for row in host.rows()] == ["quarantined"]
     # Its name is free: its end was asked for. And a name means the domain that can be talked to.
     again = create(host, "web", tmp_path / "b.img")
@@ -230,14 +233,18 @@ def test_quarantined_domain_slows_no_other_start(
 ) -> None:
     count = 3
 
-    def fastest() -> float:
-        times: list[float] = []
+    def fastest() -> tuple[float, float]:
+        """Return the times of a start and of what every start does first, where they are."""
+        starts: list[float] = []
+        tidies: list[float] = []
         for _ in range(5):
             began = time.monotonic()
+            collect.tidy(host.registry, CACHE_DIR)
+            tidies.append(time.monotonic() - began)
             guest = create(host, "quick", tmp_path / "q.img")
-            times.append(time.monotonic() - began)
+            starts.append(time.monotonic() - began)
             guest.destroy()
-        return min(times)
+        return min(starts), min(tidies)
 
     guests = [create(host, f"web{number}", tmp_path / f"{number}.img") for number in range(count)]
     before = fastest()
@@ -245,8 +252,9 @@ def test_quarantined_domain_slows_no_other_start(
         freeze(guest.row().pid)
         quarantined(host, guest)
     after = fastest()
-    print(f"{before:.3f} s before, {after:.3f} s beside {count} that do not die")
-    assert after - before < count * 0.02
+    print(f"{before} s before, {after} s beside {count} that do not die")
+    assert after[0] - before[0] < count * 0.1  # to try one again takes half a second
+    assert after[1] - before[1] < count * 0.01
     assert [row.state for row in host.rows()] == ["quarantined"] * count
 
 
@@ -312,14 +320,14 @@ def test_destroy_may_be_tried_again(
 
 
 def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, uids: range, tmp_path: Path
+    host: Toolstack, soon: None, uids: range, tmp_path: Path
 ) -> None:
     """Somebody who does not die has the uid already: the domain gets another one, and that one is out of use."""
     create(host, "first", tmp_path / "1.img").destroy()  # what a new host does once is done
     domid = host.registry.next_domid()
     uid = uid_of(uids, domid)
     warnings: list[str] = []
-    with process_of(uid) as stranger:
+    with process_of(uid) as stranger, freezing() as freeze:
         frozen = freeze(stranger.pid)
         disk = Disk(vdev="xvda", target=str(tmp_path / "1.img"))
         guest = host.create(Domain(name="web", disks=(disk,)), paused=True, warn=warnings.append)
@@ -344,11 +352,11 @@ def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
 
 
 def test_stray_that_does_not_die_keeps_its_id_from_use(
-    host: Toolstack, freeze: Callable[[int], Frozen], uids: range, tmp_path: Path
+    host: Toolstack, uids: range, tmp_path: Path
 ) -> None:
     create(host, "first", tmp_path / "1.img").destroy()
     domid = host.registry.next_domid()
-    with process_of(uid_of(uids, domid)) as stranger:
+    with process_of(uid_of(uids, domid)) as stranger, freezing() as freeze:
         frozen = freeze(stranger.pid)
         (done,) = gc(host, expect=1)
         assert (done["kind"], done["result"], done["domid"]) == ("process", "quarantined", domid)
@@ -365,7 +373,7 @@ def test_stray_that_does_not_die_keeps_its_id_from_use(
 @pytest.fixture
 def users(uids: range, tmp_path: Path) -> Iterator[tuple[CommandLine, int]]:
     """Return the command line on a host with two more users, svc and the shared one, and the uid of svc."""
-    svc = uids.start - 1000  # outside of every test's domids, and of the host's users
+    svc = uid_outside(uids)
     with open("/etc/passwd", encoding="ascii") as file:
         text = "".join(line for line in file if not line.startswith((f"{SHARED}:", "svc:")))
     nothing = "depriv:/nonexistent:/usr/sbin/nologin"
@@ -407,7 +415,7 @@ def test_user_with_a_process_that_does_not_die_is_refused_and_nothing_is_quarant
     path = tmp_path / "svc.cfg"
     path.write_text(config_text("one", device_model_user="svc"))
     with process_of(svc) as service:
-        with freezing() as freeze:
+        with freezing() as freeze:  # inside, or the end of the process would be waited for in vain
             freeze(service.pid)
             began = time.monotonic()
             said = depriv.run("create", str(path), expect=125).stderr

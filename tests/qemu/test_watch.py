@@ -62,7 +62,9 @@ def watch(host: Toolstack, tmp_path: Path) -> Iterator[Callable[[], Watching]]:
         return made[-1]
 
     yield start
-    for each in reversed(made):
+    for each in made:
+        each.process.kill()
+    for each in made:
         each.close()
         if not sys.exc_info()[0]:
             assert "Traceback" not in each.text()
@@ -374,6 +376,20 @@ def test_start_that_was_killed_is_cleared_away_without_anybody_asking(
             await_true(lambda: host.registry.domids() == (), what="nothing is left")
         except AssertionError as error:
             raise AssertionError(f"{error}, but {host.registry.entries()}; {watching.text()}") from None
+
+
+@pytest.mark.parametrize("state", ["quarantined", "ending"])
+def test_end_that_was_cut_short_is_brought_to_its_end(
+    host: Toolstack, start: Callable[..., Guest], watch: Callable[[], Watching], state: str
+) -> None:
+    guest, other = start(on_crash="restart"), start("other")
+    entry = host.registry.find(str(guest.domid))
+    kill(host, guest)
+    host.registry.save(entry.replace(state=state, trouble="a test"))
+    watch()
+    await_gone(host, guest)
+    assert [guest.name for guest in host.guests()] == ["other"]
+    assert other.row().state == "running"
 
 
 def test_many_ends_at_once_are_all_seen_to(

@@ -243,6 +243,18 @@ def test_reply_that_nobody_asked_for_is_refused(ready: Pair) -> None:
     assert "a reply to a command that was not sent" in ready.refused()
 
 
+def test_second_reply_to_the_last_command_of_all_is_refused(pair: Pair) -> None:
+    pair.qemu.say(GREETING)
+    pair.events.receive()
+    pair.qemu.reply({})
+    pair.events.receive()
+    _name, ident = pair.qemu.command()
+    pair.qemu.say({"return": {"status": "running"}, "id": ident})
+    assert pair.events.receive() == ([("status", "running")], None)
+    pair.qemu.say({"return": {"status": "shutdown"}, "id": ident})
+    assert "a reply to a command that was not sent" in pair.refused()
+
+
 def test_refusal_of_the_negotiation_is_refused(pair: Pair) -> None:
     pair.qemu.say(GREETING)
     pair.events.receive()

@@ -6,63 +6,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from tests.support.entries import EXPECTED, entry, killed_at
 
 from depriv import durable, proc
-from depriv.entry import Entry
+from depriv.collect import lived_s
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.registry import REUSE_DELAY_S, Registry
-from depriv.report import Expected, Grant, Limit
+from depriv.registry import ENDS, REUSE_DELAY_S, Registry, remove_tree
 
-EXPECTED = Expected(
-    domain="web",
-    domid=1,
-    uid=5001,
-    gid=5001,
-    pid=42,
-    starttime=99,
-    restricted=True,
-    limits=(Limit(name="CORE", soft=0, hard=0), Limit(name="AS", soft=-1, hard=-1)),
-    environ=("LC_ALL=C",),
-    cgroup="/depriv/1",
-    grants=(Grant(role="xvda", kind="file", dev=1, ino=2, access="rw", path="/a", locked=True),),
-)
+if TYPE_CHECKING:
+    from depriv.entry import Entry
+    from depriv.report import Expected
 
 
 def add(registry: Registry, made: Entry) -> None:
     """Make a domain and let go of its lock, as a start that is complete does."""
     with contextlib.ExitStack() as held:
         registry.add(made, held)
-
-
-def entry(name: str = "web", domid: int = 1, expected: Expected | None = None) -> Entry:
-    return Entry(
-        name=name,
-        domid=domid,
-        state="running",
-        uid=5000 + domid,
-        gid=5000 + domid,
-        reaper_uid=4999,
-        shared=False,
-        restricted=True,
-        memory_mib=128,
-        vcpus=1,
-        accel="tcg",
-        cgroup="",
-        boot_id=proc.boot_id(),
-        created_boot_ns=4,
-        toolstack_pid=1,
-        toolstack_starttime=2,
-        created_at_s=3,
-        images=((1, 2, 0, True), (0, 0, 7, False)),
-        expected=expected,
-    )
 
 
 @pytest.fixture
@@ -76,9 +44,9 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def history(registry: Registry, freed: dict[int, float]) -> None:
+def history(registry: Registry, freed: dict[int, float], boot: str = "") -> None:
     with open(f"{registry.folder}/history.json", "w", encoding="ascii") as file:
-        json.dump({"boot": proc.boot_id(), "freed": {str(domid): at for domid, at in freed.items()}}, file)
+        json.dump({"boot": boot or proc.boot_id(), "freed": {str(domid): at for domid, at in freed.items()}}, file)
 
 
 @pytest.mark.parametrize("expected", [None, EXPECTED])
@@ -226,37 +194,112 @@ def test_history_does_not_grow_without_end(registry: Registry) -> None:
 # What nobody wrote
 
 
+def spoil(registry: Registry, *names: str, text: str = "{") -> None:
+    for name in names:
+        Path(registry.directory(1), name).write_text(text)
+
+
+def states(registry: Registry) -> list[str]:
+    return [one.state for one in Registry(registry.folder).entries()]
+
+
+def test_entry_cut_off_at_any_length_is_read_from_its_copy(registry: Registry) -> None:
+    made = entry(expected=EXPECTED)
+    add(registry, made)
+    path = Path(registry.directory(1), "state.json")
+    text = path.read_bytes()
+    for length in range(len(text)):
+        path.write_bytes(text[:length])
+        assert registry.read(1) == made, length
+    assert Registry(registry.folder).entries() == (made,)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "nonsense", '{"version": 1}', '{"version": 2, "name": "x"}', '{"version": 1, "expected": null, "x": 1}'],
+    ["", "{", "nonsense", "[]", "{}", '{"version": 1}', '{"version": "x"}', '{"version": 2, "name": "x"}'],
 )
-def test_damaged_entry_is_an_error_that_names_it(registry: Registry, text: str) -> None:
+def test_damaged_entry_is_read_from_its_copy_and_nothing_is_lost(registry: Registry, text: str) -> None:
+    made = entry(expected=EXPECTED)
+    add(registry, made)
+    spoil(registry, "state.json", text=text)
+    assert registry.entries() == (made,)
+    assert registry.find("web") == registry.find("1") == registry.current(made) == made
+    assert registry.empty_folders() == ()
+
+
+def test_damaged_copy_alone_harms_nothing_and_is_mended_by_the_next_write(registry: Registry) -> None:
+    made = entry()
+    add(registry, made)
+    spoil(registry, "state.copy")
+    assert registry.entries() == (made,)
+    registry.save(made)
+    spoil(registry, "state.json")
+    assert registry.entries() == (made,)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 3, "name": "web"}'])
+def test_domain_with_no_readable_entry_is_listed_as_damaged_with_its_number_and_the_reason(
+    registry: Registry, text: str
+) -> None:
     add(registry, entry())
-    with open(f"{registry.directory(1)}/state.json", "w", encoding="ascii") as file:
-        file.write(text)
-    with pytest.raises(HostError) as caught:
-        registry.entries()
-    assert caught.value.fix or caught.value.cause
+    spoil(registry, "state.json", "state.copy", text=text)
+    (found,) = registry.entries()
+    assert (found.domid, found.state, found.name) == (1, "damaged", "(damaged)")
+    assert f"{registry.directory(1)}/state.json" in found.trouble
+    assert found.expected is None
+    assert registry.find("1") == found
+    assert registry.life(found) == "dead"
+    with pytest.raises(NotFoundError):
+        registry.find("web")
 
 
-def test_link_in_place_of_an_entry_is_not_followed(registry: Registry, tmp_path: Path) -> None:
+def test_damaged_domain_hides_no_other_and_keeps_its_number(registry: Registry) -> None:
     add(registry, entry())
-    path = f"{registry.directory(1)}/state.json"
-    os.rename(path, tmp_path / "elsewhere.json")
-    os.symlink(tmp_path / "elsewhere.json", path)
-    with pytest.raises(HostError, match="cannot read"):
-        registry.entries()
+    add(registry, entry("good", 2))
+    spoil(registry, "state.json", "state.copy")
+    assert registry.find("good").domid == 2
+    assert states(registry) == ["damaged", "running"]
+    assert registry.next_domid() == 3
 
 
-def test_fifo_in_place_of_an_entry_is_not_waited_for(registry: Registry) -> None:
-    add(registry, entry())
-    path = f"{registry.directory(1)}/state.json"
-    os.unlink(path)
+def test_entry_of_another_domid_is_no_entry_of_this_one(registry: Registry) -> None:
+    """Else ending the one would end the other."""
+    add(registry, entry("one", 1))
+    add(registry, entry("two", 2))
+    for name in ("state.json", "state.copy"):
+        shutil.copy(f"{registry.directory(2)}/{name}", f"{registry.directory(1)}/{name}")
+    assert [(one.domid, one.state) for one in registry.entries()] == [(1, "damaged"), (2, "running")]
+    assert "it is of domain 2" in registry.entries()[0].trouble
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.copy"])
+def test_link_and_fifo_in_place_of_an_entry_are_neither_followed_nor_waited_for(
+    registry: Registry, tmp_path: Path, name: str
+) -> None:
+    made = entry()
+    add(registry, made)
+    path = Path(registry.directory(1), name)
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(path.read_text().replace("web", "evil"))
+    path.unlink()
+    path.symlink_to(elsewhere)
+    assert Registry(registry.folder).entries() == (made,)
+    path.unlink()
     os.mkfifo(path)
     began = time.monotonic()
-    with pytest.raises(HostError):
-        registry.entries()
+    assert Registry(registry.folder).entries() == (made,)
     assert time.monotonic() - began < 2
+
+
+def test_entry_that_was_replaced_is_read_anew(registry: Registry) -> None:
+    add(registry, entry())
+    other = Registry(registry.folder)
+    assert other.read(1) == entry()
+    for state in ("ending", "quarantined", "running") * 5:
+        registry.save(entry(state=state))
+        found = other.read(1)
+        assert found is not None
+        assert found.state == state
 
 
 def test_domain_that_is_only_just_being_made_is_not_listed_but_its_domid_is_taken(registry: Registry) -> None:
@@ -293,7 +336,8 @@ def test_lock_keeps_another_command_out_and_names_who_has_it(
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(HostError, match="has been busy with the registry") as caught, registry.locked():
             pass
-        assert f"process {other.pid} holds {registry.folder}/lock" in caught.value.cause
+        assert f"process {other.pid} (" in caught.value.cause
+        assert f") holds {registry.folder}/lock" in caught.value.cause
         other.kill()  # a lock ends with its holder
         other.wait()
         with registry.locked():
@@ -315,33 +359,6 @@ def test_domain_has_a_lock_of_its_own(registry: Registry) -> None:
         pass
 
 
-def test_entry_is_replaced_whole_or_not_at_all(registry: Registry) -> None:
-    add(registry, entry())
-    registry.save(entry().replace(state="ending"))
-    assert registry.find("web").state == "ending"
-    assert sorted(os.listdir(registry.directory(1))) == ["lock", "state.json"]
-    os.chmod(registry.directory(1), 0o500)
-    if os.geteuid() != 0:
-        with pytest.raises(OSError, match="denied"):
-            registry.save(entry())
-    os.chmod(registry.directory(1), 0o700)
-    assert registry.find("web").state == "ending"
-
-
-def test_damaged_entry_hides_no_other_but_lets_nothing_new_start(registry: Registry) -> None:
-    add(registry, entry("good", 1))
-    add(registry, entry("bad", 2))
-    Path(registry.directory(2), "state.json").write_bytes(b'{"version": 1, "name": "ba')
-    found, damaged = registry.readable()
-    assert [made.name for made in found] == ["good"]
-    assert "damaged" in damaged[0].what
-    assert registry.find("good").domid == 1
-    with pytest.raises(HostError, match="damaged"):
-        registry.entries()
-    with pytest.raises(HostError, match="damaged"):
-        registry.find("bad")
-
-
 def test_domain_that_another_command_ended_is_gone_even_if_its_name_is_back(registry: Registry) -> None:
     first = entry("web", 1)
     add(registry, first)
@@ -349,18 +366,48 @@ def test_domain_that_another_command_ended_is_gone_even_if_its_name_is_back(regi
     registry.remove(1)
     with pytest.raises(NotFoundError, match="another command ended it"):
         registry.current(first)
-    add(registry, first.replace(created_at_s=first.created_at_s + 1))
+    # The wall clock is anybody's to set: the same second says nothing.
+    add(registry, first.replace(created_boot_ns=first.created_boot_ns + 1))
     with pytest.raises(NotFoundError, match="another command ended it"):
         registry.current(first)
 
 
-@pytest.mark.parametrize("text", ["[]", '["1"]', '{"x": 1}', '{"1": "y"}', "7", "{"])
-def test_damaged_history_stops_starts_but_no_end(registry: Registry, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '["1"]',
+        "7",
+        "null",
+        '{"x": 1}',
+        '{"boot": "BOOT"}',
+        '{"boot": "BOOT", "freed": []}',
+        '{"boot": "BOOT", "freed": {"1": "y"}}',
+        '{"boot": "BOOT", "freed": {"x": 1}}',
+        '{"boot": "BOOT", "freed": {"1": null}}',
+        '{"boot": "BOOT", "freed": {"1": NaN, "2": Infinity, "3": 1e300}}',
+        pytest.param('{"boot": "BOOT", "freed": {"1": 1' + "0" * 400 + "}}", id="huge"),
+        pytest.param('{"boot": "BOOT", "freed": {"1": -1' + "0" * 400 + "}}", id="huge-negative"),
+    ],
+)
+def test_damaged_history_stops_no_start_and_no_end(registry: Registry, text: str) -> None:
+    path = Path(registry.folder, "history.json")
+    path.write_text(text.replace("BOOT", proc.boot_id()))
+    path.chmod(0o600)
+    assert registry.next_domid() == 1
     add(registry, entry("web", 1))
-    Path(registry.folder, "history.json").write_text(text)
-    with pytest.raises(HostError, match="damaged"):
-        registry.next_domid()
     registry.remove(1)
+    assert registry.next_domid() == 2
+    assert list(json.loads(path.read_text())["freed"])[-1] == "1"
+
+
+def test_history_of_another_boot_says_nothing_of_this_one(registry: Registry) -> None:
+    """CLOCK_BOOTTIME begins anew: the times in it would be of the future."""
+    history(registry, {1: boottime(), 2: 1e9}, boot="0" * 36)
+    assert registry.next_domid() == 1
+    history(registry, {1: boottime()})
     assert registry.next_domid() == 2
 
 
@@ -368,7 +415,229 @@ def test_reservation_that_cannot_be_written_leaves_nothing(registry: Registry, m
     def full(_fd: int, _data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(HostError, match="cannot write"):
-        add(registry, entry("web", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(HostError, match="cannot write"):
+            add(registry, entry("web", 1))
     assert registry.domids() == ()
+    assert registry.debris() == ()
+    add(registry, entry("web", 1))
+
+
+# A command that is killed, before each of its calls
+
+AT_MOST = 2000
+
+
+def debris_cleared(registry: Registry) -> None:
+    """Clear what a killed command left, as `depriv gc` does, and see that nothing else was there."""
+    for path in registry.debris():
+        remove_tree(path)
+    names = set(os.listdir(registry.folder)) | {"boot", "history.json", "lock"}
+    assert names == {"boot", "domains", "history.json", "lock"}
+    assert all(name.isdecimal() for name in os.listdir(f"{registry.folder}/domains"))
+    for domid in registry.domids():
+        assert set(os.listdir(registry.directory(domid))) <= {"state.json", "state.copy", "lock", "ended", "qmp"}
+
+
+def test_save_that_is_killed_leaves_the_old_entry_or_the_new(registry: Registry) -> None:
+    old, new = entry(), entry(state="ending", trouble="x" * 300)
+    add(registry, old)
+    seen: list[str] = []
+    for number in range(1, AT_MOST):
+        registry.save(old)
+        killed = killed_at(number, lambda: registry.save(new))
+        found = Registry(registry.folder).entries()
+        assert found in ((old,), (new,))
+        seen.append(found[0].state)
+        debris_cleared(registry)
+        assert Registry(registry.folder).entries() == found
+        if not killed:
+            break
+    assert list(dict.fromkeys(seen)) == ["running", "ending"]
+
+
+def test_reservation_that_is_killed_leaves_an_entry_or_an_empty_folder_that_is_known(registry: Registry) -> None:
+    seen: list[str] = []
+    for number in range(1, AT_MOST):
+        killed = killed_at(number, lambda: add(registry, entry()))
+        found = Registry(registry.folder).entries()
+        if found:
+            assert found == (entry(),)
+            assert registry.empty_folders() == ()
+        else:
+            assert registry.empty_folders() == registry.domids()
+        seen.append("entry" if found else f"{len(registry.domids())} folders")
+        debris_cleared(registry)
+        with registry.locked():  # the dead keep no lock
+            registry.remove(1, used=False)
+        assert registry.domids() == ()
+        if not killed:
+            break
+    assert list(dict.fromkeys(seen)) == ["0 folders", "1 folders", "entry"]
+
+
+def test_removal_that_is_killed_leaves_the_entry_or_nothing_and_then_its_number_rests(registry: Registry) -> None:
+    seen: list[str] = []
+    for number in range(1, AT_MOST):
+        Path(registry.folder, "history.json").unlink(missing_ok=True)
+        add(registry, entry())
+        for name in ("qmp", "ended"):
+            Path(registry.directory(1), name).touch(0o600)
+        killed = killed_at(number, lambda: registry.remove(1))
+        found = Registry(registry.folder).entries()
+        assert found in ((entry(),), ())
+        seen.append("there" if found else "gone")
+        assert registry.empty_folders() == ()
+        assert registry.next_domid() == 2
+        debris_cleared(registry)
+        assert Registry(registry.folder).entries() == found
+        registry.remove(1, used=False)
+        if not killed:
+            break
+    assert list(dict.fromkeys(seen)) == ["there", "gone"]
+    assert os.listdir(f"{registry.folder}/domains") == []
+
+
+def test_note_that_is_killed_leaves_all_of_it_or_none(registry: Registry) -> None:
+    add(registry, entry())
+    seen: list[str] = []
+    for number in range(1, AT_MOST):
+        registry.forget_end(1)
+        killed = killed_at(number, lambda: registry.note_end(1, "poweroff"))
+        seen.append(registry.end_noted(1))
+        debris_cleared(registry)
+        if not killed:
+            break
+    assert list(dict.fromkeys(seen)) == ["", "poweroff"]
+
+
+def test_debris_of_a_writer_that_lives_is_left_to_it(registry: Registry) -> None:
+    add(registry, entry())
+    with subprocess.Popen(["sleep", "60"]) as writer:
+        beside = f"{registry.directory(1)}/state.json.7.{writer.pid}"
+        Path(beside).touch()
+        assert registry.debris() == ()
+        writer.kill()
+        writer.wait()
+        assert registry.debris() == (beside,)
+
+
+# How a guest ended
+
+
+def test_noted_end_is_read_until_it_is_forgotten(registry: Registry) -> None:
+    add(registry, entry())
+    assert registry.end_noted(1) == ""
+    for how in ENDS:
+        registry.note_end(1, how)
+        assert registry.end_noted(1) == how
+    registry.forget_end(1)
+    registry.forget_end(1)
+    assert registry.end_noted(1) == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"ended": 7}', '{"ended": ["crash"]}', '{"ended": "explode"}'])
+def test_noted_end_that_is_none_is_no_end(registry: Registry, text: str) -> None:
+    add(registry, entry())
+    Path(registry.directory(1), "ended").write_text(text)
+    assert registry.end_noted(1) == ""
+
+
+def test_end_of_a_domain_that_is_gone_cannot_be_noted_and_makes_no_folder(registry: Registry) -> None:
+    with pytest.raises(HostError):
+        registry.note_end(1, "crash")
+    assert registry.domids() == ()
+
+
+# Clocks and boots
+
+
+def test_a_clock_set_back_by_a_year_or_forward_changes_nothing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CLOCK_REALTIME is anybody's to set, NTP's above all; identities and rests go by CLOCK_BOOTTIME."""
+    first = entry(created_boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    add(registry, first)
+    year = 365 * 86400
+    real = time.time()
+    for shift in (-year, year):
+        monkeypatch.setattr(time, "time", lambda shift=shift: real + shift)
+        assert registry.current(first) == first
+        assert 0 <= lived_s(first) < 60
+    monkeypatch.setattr(time, "time", lambda: real - year)
+    registry.remove(1)
+    assert registry.next_domid() == 2
+    monkeypatch.setattr(time, "time", lambda: real + year)
+    assert registry.next_domid() == 2
+    history(registry, {1: boottime() - REUSE_DELAY_S - 1, DOMID_LAST: boottime() - REUSE_DELAY_S - 1})
+    assert registry.next_domid() == 1  # the positive control: by that clock the minute is over
+
+
+def test_process_of_another_boot_is_dead_whoever_has_its_number(registry: Registry) -> None:
+    ours, begun = os.getpid(), proc.start_time(os.getpid())
+    now = entry(expected=EXPECTED.replace(pid=ours, starttime=begun), toolstack_pid=ours, toolstack_starttime=begun)
+    assert registry.life(now) == "running"
+    before = now.replace(boot_id="0" * 36)
+    assert registry.life(before) == "dead"
+    assert registry.life(now.replace(expected=EXPECTED.replace(pid=ours, starttime=begun + 1))) == "dead"
+
+
+def test_start_goes_on_while_its_domain_is_locked_and_its_command_lives(registry: Registry) -> None:
+    ours, begun = os.getpid(), proc.start_time(os.getpid())
+    made = entry(state="starting", toolstack_pid=ours, toolstack_starttime=begun)
+    with contextlib.ExitStack() as held:
+        registry.add(made, held)
+        assert registry.is_starting(made)
+        assert not registry.is_starting(made.replace(boot_id="0" * 36))
+        assert not registry.is_starting(made.replace(toolstack_starttime=begun + 1))
+        assert not registry.is_starting(made.replace(state="running"))
+    assert not registry.is_starting(made)  # the command lives on, its start is over
+
+
+def test_new_boot_and_lost_folder_are_seen_once(registry: Registry) -> None:
+    assert registry.is_new
+    registry.mark_seen()
+    assert not registry.is_new
+    Path(registry.folder, "boot").write_text('{"boot": "00000000-0000-0000-0000-000000000000"}')
+    assert registry.is_new
+    for text in ("", "[]", "{"):
+        Path(registry.folder, "boot").write_text(text)
+        assert registry.is_new
+    registry.mark_seen()
+    assert not Registry(registry.folder).is_new
+
+
+# Who holds what
+
+
+def test_quarantined_domain_keeps_its_ids_and_images_and_gives_up_its_name(registry: Registry) -> None:
+    add(registry, entry("web", 1, state="quarantined"))
+    add(registry, entry("web", 2))
+    first, second = (one.holding for one in registry.entries())
+    assert (first.name_free, first.uid, first.images) == (True, 5001, ((1, 2, 0, True), (0, 0, 7, False)))
+    assert not second.name_free
+    assert registry.find("web").domid == 2
+    assert registry.find("1").state == "quarantined"
+
+
+@pytest.mark.parametrize("kind", ["deep", "link", "fifo", "file"])
+def test_removal_takes_whatever_is_in_a_folder_and_nothing_outside(
+    registry: Registry, tmp_path: Path, kind: str
+) -> None:
+    add(registry, entry())
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").touch()
+    inside = Path(registry.directory(1), "x")
+    match kind:
+        case "deep":
+            (inside / "y" / "z").mkdir(parents=True)
+        case "link":
+            inside.symlink_to(tmp_path / "outside")
+        case "fifo":
+            os.mkfifo(inside)
+        case _:
+            inside.touch()
+    registry.remove(1)
+    assert os.listdir(f"{registry.folder}/domains") == []
+    assert os.listdir(tmp_path / "outside") == ["file"]
