@@ -7,6 +7,7 @@ import os
 import stat
 
 from depriv import lifecycle, status
+from depriv.durable import BusyError
 from depriv.errors import ConfigError, DeprivError, HostError, NotFoundError
 from depriv.host import CACHE_DIR, STATE_DIR
 from depriv.planner import plan
@@ -189,7 +190,8 @@ class Toolstack:
             raise HostError("only root can clear away what is left of domains", fix="run it with sudo")
         if not dry_run:
             self.registry.prepare()
-        said = status.ask(self.registry.entries(), self.registry)
+        asked = map(self.registry.read, domids) if domids else self.registry.entries()
+        said = status.ask(tuple(entry for entry in asked if entry is not None), self.registry)
         due = collect.survey(self.registry, cache_dir=self._cache_dir, said=said, restart=restart, only=domids)
         if not domids:
             due += collect.strays(self.registry)
@@ -208,12 +210,11 @@ class Toolstack:
         warnings: list[str] = []
         try:
             entry = self.registry.find(str(due.domid))
-            rename = due.action == "rename-restart"
-            new = lifecycle.restart(
-                entry, self.registry, rename=rename, cache_dir=self._cache_dir, warn=warnings.append
-            )
+            new = lifecycle.restart(entry, self.registry, said, cache_dir=self._cache_dir, warn=warnings.append)
         except NotFoundError as error:
             return collect.outcome(due, "gone", cause=str(error))
+        except BusyError as error:
+            return collect.outcome(due, "busy", cause=error.cause)
         except DeprivError as error:
             return collect.outcome(due, "failed", cause=collect.cause_of(error))
         return collect.outcome(due, "done", cause="; ".join(warnings), new_domid=new.domid)

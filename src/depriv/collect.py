@@ -16,6 +16,7 @@ from depriv.accounts import ask_nss
 from depriv.durable import BusyError
 from depriv.ending import END_TIMEOUT_S, finish, forget
 from depriv.errors import DeprivError, NotFoundError
+from depriv.host import STATE_DIR
 from depriv.identity import RANGE_BASE, RANGE_COUNT, find_user
 from depriv.records import Record
 from depriv.registry import remove_tree
@@ -108,6 +109,8 @@ def of_entry(entry: Entry, registry: Registry, said: str, *, restart: bool) -> D
             kind, what = "quarantine", f"did not die before: {entry.trouble}"
         case "damaged":
             what = "" if registry.life(entry) == "running" else f"its entry cannot be read: {entry.trouble}"
+        case "waiting" if _has_successor(entry, registry):
+            what = "it was started again, and that was cut short at its very end"
         case "waiting":
             action, what = "restart", "to be started again" if restart else ""
         case _:
@@ -142,6 +145,12 @@ def _of_running(entry: Entry, registry: Registry, said: str) -> tuple[str, str]:
     return ("clear" if action == "destroy" else action), f"{state}: {why}"
 
 
+def _has_successor(entry: Entry, registry: Registry) -> bool:
+    """Tell whether a domain that waits to be started again was: nobody else can have its name."""
+    others = (other for other in registry.entries() if other.domid != entry.domid)
+    return any(other.name == entry.name and other.state == "running" for other in others)
+
+
 def lived_s(entry: Entry) -> float:
     """Return for how long a domain has been there, in seconds of a clock that nobody can set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - entry.created_boot_ns / 1e9
@@ -169,12 +178,13 @@ def _of_nobody(registry: Registry, cache_dir: str) -> list[Due]:
 def strays(registry: Registry) -> tuple[Due, ...]:
     """Return the uids of the range that processes have, but no domain of any registry; one for each uid.
 
-    On a Xen host they may be libxl's, which takes its uids from the same range: there nobody is a stray.
+    On a Xen host they may be libxl's, which takes its uids from the same range: there nobody is a stray. Nor is anybody
+    for a registry in a folder of its own choice: it cannot know what the host's own is about to do.
     """
     from depriv.recover import of_the_range  # noqa: PLC0415 (hardly ever needed)
 
     base = find_user(RANGE_BASE, ask_nss(names=(RANGE_BASE,)))
-    if base is None or os.path.exists("/proc/xen/capabilities"):
+    if base is None or registry.folder != STATE_DIR or os.path.exists("/proc/xen/capabilities"):
         return ()
     known = {entry.uid for entry in registry.entries()} | {base.uid + leaf.domid for leaf in cgroup.leaves()}
     uids: dict[int, list[int]] = {}

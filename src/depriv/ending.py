@@ -8,7 +8,7 @@ import os
 import time
 
 from depriv import cgroup, proc
-from depriv.errors import DeprivError, HostError
+from depriv.errors import DeprivError, HostError, NotFoundError
 from depriv.spawn import Jail
 from depriv.steps import Plan, Reap
 
@@ -34,6 +34,8 @@ def destroy(entry: Entry, registry: Registry, jail: Jail | None = None) -> None:
     """
     with jail or Jail() as ready:
         if entry.expected is not None:
+            with contextlib.suppress(HostError, NotFoundError):  # or else a watcher may start it again
+                registry.note_end(entry.domid, "host")
             # Before the lock: whoever holds it may be waiting for this very QEMU. A start is left to its end.
             kill(entry, registry)
         with registry.locked_domain(entry.domid):

@@ -22,7 +22,7 @@ from time import monotonic
 
 from depriv.errors import MonitorError
 from depriv.policy import reason_of_event
-from depriv.qmp import _connected  # pyright: ignore[reportPrivateUsage] (one way to make a socket in QEMU's network)
+from depriv.qmp import connected
 from depriv.text import printable
 from depriv.untrusted import DISTRUST, as_str, decode, field
 
@@ -75,7 +75,7 @@ class Events:
         Raises:
             MonitorError: nobody listens, or more connections wait already than may; nothing is left open.
         """
-        return cls(_connected(path, monotonic(), netns_of))
+        return cls(connected(path, monotonic(), netns_of))
 
     @classmethod
     def adopt(cls, sock: socket.socket) -> Self:

@@ -18,7 +18,7 @@ from depriv import collect, proc, runtime, status
 from depriv.detect import look
 from depriv.ending import end_processes, finish, forget, quarantine
 from depriv.entry import Entry
-from depriv.errors import DeprivError, HostError, JailError, MonitorError, PlanError
+from depriv.errors import DeprivError, HostError, JailError, MonitorError, NotFoundError, PlanError
 from depriv.guestlog import Log
 from depriv.planner import plan, plan_discovery, refuse_name
 from depriv.policy import restarts_after
@@ -236,16 +236,16 @@ def _committed(entry: Entry, launch: Launch) -> Entry:
     )
 
 
-def restart(entry: Entry, registry: Registry, *, rename: bool, cache_dir: str, warn: Callable[[str], None]) -> Entry:
+def restart(entry: Entry, registry: Registry, said: str, *, cache_dir: str, warn: Callable[[str], None]) -> Entry:
     """End a domain that has ended by itself and start it again from what it was started from, as a new domain.
 
     Until the new one runs, the old one stays listed as "waiting", with the reason if the new one does not start: no
-    configuration is lost.
+    configuration is lost. It stays locked meanwhile.
 
     Args:
         entry: The old one.
         registry: Where it is.
-        rename: Keep the old one as it is, under another name.
+        said: What its QEMU answers to query-status, or "".
         cache_dir: As for ``create``.
         warn: As for ``create``.
 
@@ -255,38 +255,42 @@ def restart(entry: Entry, registry: Registry, *, rename: bool, cache_dir: str, w
     """
     from depriv.wanted import from_data  # noqa: PLC0415 (not on the path of create)
 
-    restarts = restarts_after(entry.restarts, collect.lived_s(entry))
-    with registry.locked_domain(entry.domid), Jail() as jail:
+    with registry.locked_domain(entry.domid):
         entry = registry.current(entry)
+        due = collect.of_entry(entry, registry, said, restart=True)
+        if due is None or due.action == "clear":
+            raise NotFoundError(f"domain {entry.name} is not to be started again: another command has seen to it")
         config = from_data(entry.config)
-        if rename:
+        if due.action == "rename-restart":
+            restarts = restarts_after(entry.restarts, collect.lived_s(entry))
             kept = {f"on_{word}": "preserve" for word in ("poweroff", "reboot", "crash")}
-            registry.save(
-                entry.replace(name=f"{entry.name[:50]}-{entry.domid}", config={**(entry.config or {}), **kept})
-            )
-        elif entry.state != "waiting":
-            try:
-                end_processes(entry, registry, jail)
-            except DeprivError as error:
-                quarantine(entry, registry, error)
-                raise
-            entry = entry.replace(state="waiting", uid=0, gid=0, images=(), cgroup="", expected=None, restarts=restarts)
-            registry.save(entry)
-            registry.forget_end(entry.domid)
+            name = f"{entry.name[:50]}-{entry.domid}"
+            registry.save(entry.replace(name=name, config={**(entry.config or {}), **kept}))
+            return create(config, registry, cache_dir=cache_dir, warn=warn, restarts=restarts).entry
+        if entry.state != "waiting":
+            entry = _ended(entry, registry)
+        try:
+            new = create(config, registry, cache_dir=cache_dir, warn=warn, instead=entry, restarts=entry.restarts)
+        except DeprivError as error:
+            with contextlib.suppress(DeprivError):
+                registry.save(entry.replace(trouble=collect.cause_of(error)))
+            raise
+        return new.entry
+
+
+def _ended(entry: Entry, registry: Registry) -> Entry:
+    """End all of a domain, which is locked, but keep what it was started from."""
     try:
-        return create(
-            config,
-            registry,
-            cache_dir=cache_dir,
-            warn=warn,
-            instead=None if rename else entry,
-            restarts=entry.restarts if entry.state == "waiting" else restarts,
-        ).entry
+        with Jail() as jail:
+            end_processes(entry, registry, jail)
     except DeprivError as error:
-        if not rename:
-            with contextlib.suppress(DeprivError), registry.locked_domain(entry.domid):
-                registry.save(registry.current(entry).replace(trouble=collect.cause_of(error)))
+        quarantine(entry, registry, error)
         raise
+    restarts = restarts_after(entry.restarts, collect.lived_s(entry))
+    entry = entry.replace(state="waiting", uid=0, gid=0, images=(), cgroup="", expected=None, restarts=restarts)
+    registry.save(entry)
+    registry.forget_end(entry.domid)
+    return entry
 
 
 def _launch(  # noqa: PLR0913 (what one start is made of)
@@ -329,8 +333,9 @@ def _launch(  # noqa: PLR0913 (what one start is made of)
 
 
 def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
-    """Let no guest run whose restrictions do not all hold, but those that may be off if asked for: all, by dm_restrict=0,
-    or that no other has its uid, by naming the shared user.
+    """Let no guest run whose restrictions do not all hold.
+
+    Two may be off, if asked for: dm_restrict by its key, and that no other has its uid by naming the shared user.
     """
     wrong = [check for check in report.checks if not check.holds]
     if not launch.plan.restricted:

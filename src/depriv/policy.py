@@ -60,14 +60,15 @@ def happened(*, alive: str, status: str, noted: str) -> str:
     Args:
         alive: What the kernel says of QEMU: "running", "dead-leader" or "dead" (``proc.alive``). It outranks QEMU.
         status: What QEMU says of the guest ("status" of query-status), or "": it was not asked or does not answer.
-        noted: What was written down when the guest ended, or "". No word of QEMU's that runs its guest is believed.
+        noted: What was written down when the guest ended, or "". It tells which end it was, never that there was one:
+            the guest may have gone on since, and a QEMU that hangs may come back.
     """
     known = noted if noted in ENDS else ""
     if alive in ("dead", "dead-leader"):
         return known or "crash"
     if status in _STATUSES:
         return known or _STATUSES[status]
-    return "" if status else known
+    return ""
 
 
 def action(  # noqa: PLR0913 (three answers of the configuration, three facts)

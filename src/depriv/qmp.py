@@ -109,7 +109,7 @@ class Monitor:
             MonitorError: nobody listens, or the peer does not greet as QEMU does by the deadline; nothing is left open.
         """
         deadline = _deadline(timeout_s)
-        return cls._negotiated(_connected(path, deadline, netns_of), deadline, limits)
+        return cls._negotiated(connected(path, deadline, netns_of), deadline, limits)
 
     @classmethod
     def adopt(cls, sock: socket.socket, *, timeout_s: float, limits: Limits = DEFAULT_LIMITS) -> Self:
@@ -389,7 +389,7 @@ def _deadline(timeout_s: float) -> float:
     return monotonic() + timeout_s
 
 
-def _connected(path: str, deadline: float, netns_of: int) -> socket.socket:
+def connected(path: str, deadline: float, netns_of: int) -> socket.socket:
     """Return a socket connected to ``path`` by the deadline."""
     if not path or "\0" in path:
         raise ValueError("a monitor has a path, and no abstract name")

@@ -94,7 +94,7 @@ def events(host: Toolstack, guest: Guest) -> Generator[Events]:
     pidfd = os.pidfd_open(pid(host, guest))
     try:
         path = f"{host.registry.directory(guest.domid)}/events"
-        with monitors._connected(path, time.monotonic() + WITHIN_S, pidfd) as sock:
+        with monitors.connected(path, time.monotonic() + WITHIN_S, pidfd) as sock:
             yield Events(sock)
     finally:
         os.close(pidfd)
@@ -284,7 +284,7 @@ def events_of_another(host: Toolstack, guest: Guest) -> Generator[None]:
     pidfd = os.pidfd_open(pid(host, guest))
     try:
         path = f"{host.registry.directory(guest.domid)}/events"
-        with monitors._connected(path, time.monotonic() + WITHIN_S, pidfd):
+        with monitors.connected(path, time.monotonic() + WITHIN_S, pidfd):
             yield
     finally:
         os.close(pidfd)

@@ -65,9 +65,8 @@ class Frozen:
     def close(self) -> None:
         """Thaw it, let it go back to where it was from, if it lives, and remove what held it."""
         self.thaw()
-        with contextlib.suppress(ProcessLookupError):
-            with open(f"{FREEZER}/cgroup.procs", "w", encoding="ascii") as file:
-                file.write(str(self.pid))
+        with contextlib.suppress(ProcessLookupError), open(f"{FREEZER}/cgroup.procs", "w", encoding="ascii") as file:
+            file.write(str(self.pid))
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -141,7 +140,7 @@ def uid_of(uids: range, domid: int) -> int:
 
 
 def uid_outside(uids: range) -> int:
-    """Return the first of ten uids that are nobody's: not of the range either, so that no sweep takes them for strays."""
+    """Return the first of ten uids that are nobody's: nor of the range, so that no sweep takes them for strays."""
     return uid_of(uids, 33000 + guests.DOMIDS.start // 90 - 222)
 
 
@@ -165,7 +164,7 @@ def create(host: Toolstack, name: str, image: Path, **fields: Any) -> Guest:
     return host.create(Domain(name=name, disks=(disk,), memory_mib=16, **fields), paused=True)
 
 
-def quarantined(host: Toolstack, guest: Guest) -> str:
+def quarantined(guest: Guest) -> str:
     """Destroy a guest that cannot die; return what is said of it."""
     with pytest.raises(DeprivError) as caught:
         guest.destroy()
@@ -187,13 +186,14 @@ def test_destroy_of_what_does_not_die_ends_in_time_and_names_it_and_what_to_look
     assert done.stdout == ""
 
 
+@pytest.mark.usefixtures("soon")
 def test_quarantined_domain_is_listed_with_the_reason(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
     guest = create(host, "web", tmp_path / "a.img")
     before = guest.row()
     freeze(before.pid)
-    quarantined(host, guest)
+    quarantined(guest)
     (line, reason) = cli(host, "list").stdout.splitlines()[1:]
     assert line.split()[:3] == ["web", str(guest.domid), "quarantined"]
     assert reason.startswith("    ")
@@ -206,14 +206,15 @@ def test_quarantined_domain_is_listed_with_the_reason(
     assert not guest.audit().holds or living(range(before.uid, before.uid + 1))
 
 
+@pytest.mark.usefixtures("soon")
 def test_nothing_that_a_quarantined_domain_has_is_given_to_another(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
     image = tmp_path / "a.img"
     guest = create(host, "web", image)
     old = guest.row()
     freeze(old.pid)
-    quarantined(host, guest)
+    quarantined(guest)
     with pytest.raises(ConfigError, match=f"{image} for xvda is in use by domain web"):
         create(host, "other", image)
     assert [row.state for row in host.rows()] == ["quarantined"]
@@ -228,8 +229,9 @@ def test_nothing_that_a_quarantined_domain_has_is_given_to_another(
     assert [(row.domid, row.state) for row in host.rows()] == [(old.domid, "quarantined")]
 
 
+@pytest.mark.usefixtures("soon")
 def test_quarantined_domain_slows_no_other_start(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
     count = 3
 
@@ -250,7 +252,7 @@ def test_quarantined_domain_slows_no_other_start(
     before = fastest()
     for guest in guests:
         freeze(guest.row().pid)
-        quarantined(host, guest)
+        quarantined(guest)
     after = fastest()
     print(f"{before} s before, {after} s beside {count} that do not die")
     assert after[0] - before[0] < count * 0.1  # to try one again takes half a second
@@ -258,19 +260,25 @@ def test_quarantined_domain_slows_no_other_start(
     assert [row.state for row in host.rows()] == ["quarantined"] * count
 
 
+@pytest.mark.usefixtures("soon")
 def test_gc_says_that_it_does_not_die_and_the_next_one_after_it_could_clears_it(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
     image = tmp_path / "a.img"
     guest = create(host, "web", image)
     row = guest.row()
     frozen = freeze(row.pid)
-    quarantined(host, guest)
+    quarantined(guest)
     for _ in range(2):
         began = time.monotonic()
         (done,) = gc(host, expect=1)
         assert time.monotonic() - began < 5
-        assert (done["kind"], done["result"], done["domid"], done["name"]) == ("quarantine", "quarantined", row.domid, "web")
+        assert (done["kind"], done["result"], done["domid"], done["name"]) == (
+            "quarantine",
+            "quarantined",
+            row.domid,
+            "web",
+        )
         assert f"{row.pid} (D)" in done["cause"]
         assert [each.state for each in host.rows()] == ["quarantined"]
     assert "does not die yet, its ids are quarantined" in cli(host, "gc", "web", expect=1).stdout
@@ -283,14 +291,15 @@ def test_gc_says_that_it_does_not_die_and_the_next_one_after_it_could_clears_it(
     assert create(host, "other", image).row().state == "paused"
 
 
+@pytest.mark.usefixtures("soon")
 def test_next_create_clears_what_has_died_meanwhile(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
     image = tmp_path / "a.img"
     guest = create(host, "web", image)
     row = guest.row()
     frozen = freeze(row.pid)
-    quarantined(host, guest)
+    quarantined(guest)
     frozen.thaw()
     assert await_end(row.pid)
     again = create(host, "web", image)
@@ -307,20 +316,20 @@ def rests(host: Toolstack, domid: int) -> None:
     assert host.registry.next_domid() != domid
 
 
-def test_destroy_may_be_tried_again(
-    host: Toolstack, freeze: Callable[[int], Frozen], soon: None, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("soon")
+def test_destroy_may_be_tried_again(host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path) -> None:
     guest = create(host, "web", tmp_path / "a.img")
     frozen = freeze(guest.row().pid)
-    quarantined(host, guest)
-    quarantined(host, host.guest("web"))
+    quarantined(guest)
+    quarantined(host.guest("web"))
     frozen.thaw()
     host.guest("web").destroy()
     assert host.guests() == ()
 
 
+@pytest.mark.usefixtures("soon")
 def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
-    host: Toolstack, soon: None, uids: range, tmp_path: Path
+    host: Toolstack, uids: range, tmp_path: Path
 ) -> None:
     """Somebody who does not die has the uid already: the domain gets another one, and that one is out of use."""
     create(host, "first", tmp_path / "1.img").destroy()  # what a new host does once is done
@@ -351,9 +360,7 @@ def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
     rests(host, domid)
 
 
-def test_stray_that_does_not_die_keeps_its_id_from_use(
-    host: Toolstack, uids: range, tmp_path: Path
-) -> None:
+def test_stray_that_does_not_die_keeps_its_id_from_use(host: Toolstack, uids: range, tmp_path: Path) -> None:
     create(host, "first", tmp_path / "1.img").destroy()
     domid = host.registry.next_domid()
     with process_of(uid_of(uids, domid)) as stranger, freezing() as freeze:
@@ -386,9 +393,7 @@ def users(uids: range, tmp_path: Path) -> Iterator[tuple[CommandLine, int]]:
     made.close()
 
 
-def test_user_whose_domain_does_not_die_runs_no_other(
-    users: tuple[CommandLine, int], tmp_path: Path
-) -> None:
+def test_user_whose_domain_does_not_die_runs_no_other(users: tuple[CommandLine, int], tmp_path: Path) -> None:
     depriv, svc = users
     path = tmp_path / "svc.cfg"
     path.write_text(config_text("one", device_model_user="svc"))

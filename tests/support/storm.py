@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.storm_broker import Broker, Hit
-from tests.support.storm_guests import Live, config_text, kernel
+from tests.support.storm_guests import Live, config_text, kernels
 from tests.support.storm_left import Ground, half_made
 from tests.support.storm_places import Places, random_hit, redrawn, required
 
@@ -92,7 +92,7 @@ class Storm:
         Path(f"{self._state}/history.json").write_text(json.dumps({"boot": proc.boot_id(), "freed": history}))
         os.chmod(f"{self._state}/history.json", 0o600)
         os.symlink(os.path.join(os.path.dirname(os.path.realpath(__file__)), "storm_jail.py"), f"{self._folder}/jail.py")
-        kernel(f"{self._folder}/kernel")
+        kernels(self._folder)
         self._host = Toolstack(state_dir=self._state, cache_dir=self._cache)
         first_uid = pwd.getpwnam(RANGE_BASE).pw_uid
         self._ground = Ground(self._folder, self._state, self._cache, first_uid=first_uid, domids=domids)
@@ -198,7 +198,7 @@ class Storm:
     def _cycle(self, number: int, verb: str, hit: Hit, rng: random.Random, faults: list[str]) -> str:
         """Create and end a domain, with one kill in one of the commands; return who was killed where."""
         name = f"g{number}"
-        words = self._create_words(name, rng, crash="restart" if verb == "restart" else "destroy")
+        words = self._create_words(name, rng, verb)
         cache = f"{self._folder}/cold{number}" if verb == "cold" else self._cache
         if verb in ("create", "cold"):
             ran = self._command(words, hit, cache=cache)
@@ -206,7 +206,9 @@ class Storm:
         else:
             ran = self._command(words)
             self._expect(ran, faults, "create beside")
-            if ran.status == 0 and verb != "destroy":
+            if ran.status == 0 and verb == "gc":
+                self._await_off(name)
+            elif ran.status == 0 and verb == "restart":
                 self._kill_qemu(name, rng)
             told = {"destroy": ("destroy", name), "gc": ("gc",), "restart": ("gc", "--restart")}[verb]
             ran = self._command(told, hit)
@@ -255,10 +257,24 @@ class Storm:
         if any(entry.state != "quarantined" for entry in left):
             faults.append(f"create failed, but: {left}; it said: {ran.said}")
 
-    def _create_words(self, name: str, rng: random.Random, *, crash: str) -> tuple[str, ...]:
+    def _create_words(self, name: str, rng: random.Random, verb: str) -> tuple[str, ...]:
+        """Return what starts a guest for ``verb`` to end: for gc one that switches itself off, as no start clears it."""
         path = f"{self._folder}/{name}.cfg"
-        Path(path).write_text(config_text(self._folder, name, crash=crash))
-        return ("create", "--paused", path) if rng.random() < 0.5 else ("create", path)
+        crash, kernel = "restart" if verb == "restart" else "destroy", "off" if verb == "gc" else "idle"
+        Path(path).write_text(config_text(self._folder, name, crash=crash, kernel=kernel))
+        return ("create", "--paused", path) if verb != "gc" and rng.random() < 0.5 else ("create", path)
+
+    def _await_off(self, name: str) -> None:
+        """Return once a guest has switched itself off, or somebody has cleared it by then."""
+        deadline = time.monotonic() + _COMMAND_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                if self._host.guest(name).row().state in ("shutdown", "dead"):
+                    return
+            except NotFoundError:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{name} does not switch itself off")
 
     def _kill_qemu(self, name: str, rng: random.Random) -> None:
         """End a domain's QEMU a moment after its start, as a crash would."""
@@ -278,14 +294,16 @@ class Storm:
         """Return what one run of a command executes when nobody is killed."""
         name = f"m-{verb}"
         rng = random.Random(0)
-        words = self._create_words(name, rng, crash="restart" if verb == "restart" else "destroy")
+        words = self._create_words(name, rng, verb)
         count = Hit(who="toolstack", at="count", victim="self")
         lines: dict[tuple[str, int, str], int] = {}
         cache = f"{self._folder}/{name}" if verb == "cold" else self._cache
         told = {"destroy": ("destroy", name), "gc": ("gc",), "restart": ("gc", "--restart")}.get(verb, words)
         if told is not words:
             assert self._command(words).status == 0
-        if verb in ("gc", "restart"):
+        if verb == "gc":
+            self._await_off(name)
+        if verb == "restart":
             self._kill_qemu(name, rng)
         ran = self._command(told, count, cache=cache, lines=lines)
         assert ran.status == 0, ran.said

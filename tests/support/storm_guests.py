@@ -20,23 +20,27 @@ if TYPE_CHECKING:
 
 # Multiboot, section 3.1: magic, flags (bit 16: the addresses that follow count), checksum; here 1 MiB. `cli; hlt; jmp`.
 _MAGIC, _FLAGS, _AT = 0x1BADB002, 0x10000, 0x100000
-_CODE = b"\xfa\xf4\xeb\xfd"
+_IDLE = b"\xfa\xf4\xeb\xfd"
+# `mov dx, 0x604; mov ax, 0x2000; out dx, ax`: SLP_EN of PM1a_CNT, where SeaBIOS puts it; see ACPI 4.8.3.2.1.
+_OFF = b"\x66\xba\x04\x06\x66\xb8\x00\x20\x66\xef"
 
 
-def kernel(path: str) -> None:
-    """Make a kernel that QEMU loads by itself and that does nothing."""
-    head = (_MAGIC, _FLAGS, -(_MAGIC + _FLAGS) & 0xFFFFFFFF, _AT, _AT, _AT + 36, _AT + 36, _AT + 32)
-    Path(path).write_bytes(struct.pack("<8I", *head) + _CODE)
+def kernels(folder: str) -> None:
+    """Make two kernels that QEMU loads by itself: "idle" does nothing, "off" switches its machine off."""
+    for name, code in (("idle", _IDLE), ("off", _OFF + _IDLE)):
+        end = _AT + 32 + len(code)
+        head = (_MAGIC, _FLAGS, -(_MAGIC + _FLAGS) & 0xFFFFFFFF, _AT, _AT, end, end, _AT + 32)
+        Path(folder, name).write_bytes(struct.pack("<8I", *head) + code)
 
 
-def config_text(folder: str, name: str, *, crash: str) -> str:
+def config_text(folder: str, name: str, *, crash: str, kernel: str) -> str:
     """Return the configuration of a guest for whose start a plan needs nearly every kind of step; make its disk."""
     disk = f"{folder}/{name}.img"
     with open(disk, "wb") as file:
         file.truncate(1 << 20)
     return (
-        f'name = "{name}"\ntype = "hvm"\nmemory = 32\nserial = "pty"\nkernel = "{folder}/kernel"\n'
-        f'ramdisk = "{folder}/kernel"\ndisk = ["{disk},raw,xvda,rw"]\non_crash = "{crash}"\n'
+        f'name = "{name}"\ntype = "hvm"\nmemory = 32\nserial = "pty"\nkernel = "{folder}/{kernel}"\n'
+        f'ramdisk = "{folder}/idle"\ndisk = ["{disk},raw,xvda,rw"]\non_crash = "{crash}"\n'
     )
 
 
@@ -75,7 +79,7 @@ class Live:
     def harmed(self) -> list[str]:
         """Return what has happened to any of them, in words."""
         found = [f"{name} is dead" for name in self.dead()]
-        for number, guest in enumerate(self._guests):
+        for number, guest in enumerate(() if found else self._guests):
             row = guest.row()
             if row != self._rows[number] or proc.start_time(row.pid) != self._births[number]:
                 found.append(f"{row.name} was {self._rows[number]} and is {row}")

@@ -71,9 +71,8 @@ def required(rng: random.Random, places: dict[str, Places], *, thorough: bool) -
             for victim in (("self", "jail", "toolstack") if thorough else ("self", "jail"))
         ]
     for verb in ("create", "destroy", "gc", "restart"):  # one that is slow harms nobody
-        for victim in ("self", "jail"):
-            slow = _line(rng, places[verb].toolstack, "toolstack", victim)
-            found.append((verb, slow.replace(stop=True, resume=True, delay_ms=300)))
+        slow = (_line(rng, places[verb].toolstack, "toolstack", "self"), Hit(who="jail", at="killer", when="before", victim="jail"))
+        found += [(verb, hit.replace(stop=True, resume=True, delay_ms=300)) for hit in slow]
     for delay_ms in (0, 5, 20, 60, 120):  # QEMU somewhere in its start
         hit = Hit(who="jail", at="step", step="Execute1", when="after", victim="child", delay_ms=delay_ms)
         found.append(("create", hit))

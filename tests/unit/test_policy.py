@@ -28,7 +28,7 @@ for noted in (*ENDS, *FORGED):
         # QEMU is gone, whatever it has said before.
         TABLE["dead", status, noted] = TABLE["dead-leader", status, noted] = known or "crash"
         TABLE["running", status, noted] = ""
-    TABLE["running", "", noted] = known  # it hangs, or was not asked
+    TABLE["running", "", noted] = ""  # it hangs, or was not asked: the note may be of an end that it came back from
     TABLE["running", "shutdown", noted] = known or "poweroff"
     TABLE["running", "guest-panicked", noted] = TABLE["running", "internal-error", noted] = known or "crash"
 
