@@ -119,7 +119,7 @@ def _numbers(path: str) -> tuple[int, ...]:
 
 
 def kill_cgroup(path: str) -> None:
-    """Kill all processes of a cgroup: at once where the kernel can (v2), else until none is left to name."""
+    """Send SIGKILL to all processes of a cgroup: at once where the kernel can (v2), else until none in it is new."""
     if not path:
         return
     try:
@@ -135,7 +135,9 @@ def kill_cgroup(path: str) -> None:
     except OSError:  # ENODEV: it was removed, so nothing was in it
         return
     deadline = time.monotonic() + END_TIMEOUT_S
-    while (pids := members(path)) and time.monotonic() < deadline:
+    sent: set[int] = set()
+    while (pids := set(members(path)) - sent) and time.monotonic() < deadline:
+        sent |= pids  # each once: who got it forks no more, and one that does not die is not waited for
         for pid in pids:
             try:
                 os.kill(pid, _SIGKILL)

@@ -292,13 +292,15 @@ def cause_of(error: DeprivError) -> str:
     return f"{error}: {error.cause or error.__cause__ or ''}".rstrip(": ")
 
 
-def tidy(registry: Registry, cache_dir: str) -> tuple[Done, ...]:
+def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, ...]:
     """Clear what is due, asking no QEMU: what every start does first. With nothing due it costs little.
 
-    What cannot be cleared now stays listed, and its ids are not free.
+    What cannot be cleared now stays listed, and its ids are not free. Of domains that another command is at, only one
+    called ``name`` is waited for.
     """
     new = registry.is_new
     due = survey(registry, cache_dir=cache_dir, said={}, restart=False)
+    due = tuple(each for each in due if each.name == name or not registry.is_busy(each.domid))
     due = tuple(each for each in due if each.kind != "quarantine" or not _lives(each, registry))
     done = tuple(clear(each, registry) for each in (*due, *(strays(registry) if new else ())))
     if is_swept(registry, done):

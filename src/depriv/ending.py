@@ -62,9 +62,11 @@ def forget(entry: Entry, registry: Registry) -> None:
     """Remove the entry of a domain of which nothing lives, and let its ids rest. The domain must be locked."""
     with registry.locked():
         registry.remove(entry.domid, used=bool(entry.uid) or entry.state in ("damaged", "waiting"))
-        if entry.cgroup and not registry.domids():
-            # A start reserves its entry under that lock, so none is about to make its cgroup in there.
-            cgroup.remove_folder(os.path.dirname(entry.cgroup))
+        if not registry.domids():
+            # A start reserves its entry under that lock, so none is about to make its cgroup in there. One that waited
+            # to be started again has no cgroup any more, and may be the last of its registry all the same.
+            for path in {entry.cgroup, registry.cgroup(entry.domid)} - {""}:
+                cgroup.remove_folder(os.path.dirname(path))
 
 
 def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:

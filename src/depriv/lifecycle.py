@@ -114,7 +114,7 @@ def create(  # noqa: PLR0913 (some of them are for callers that want to know mor
 
 def _make_room(name: str, registry: Registry, cache_dir: str, warn: Callable[[str], None]) -> None:
     """Clear away what is due, and a guest of the same name that has ended: without a watcher nobody else does."""
-    for done in collect.tidy(registry, cache_dir):
+    for done in collect.tidy(registry, cache_dir, name=name):
         if done.result in ("quarantined", "failed"):
             warn(f"{done.what}: {done.result}: {done.cause}")
     for entry in registry.entries():

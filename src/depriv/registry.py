@@ -97,6 +97,10 @@ class Registry:
         """
         return durable.locked(f"{self.directory(domid)}/lock", f"domain {domid}", timeout_s=timeout_s)
 
+    def is_busy(self, domid: int) -> bool:
+        """Tell whether a command acts on a domain right now."""
+        return durable.is_locked(f"{self.directory(domid)}/lock")
+
     def domids(self) -> tuple[int, ...]:
         """Return the domids in use, in order."""
         return tuple(sorted(int(name) for name in self._names() if name.isascii() and name.isdecimal()))
@@ -196,10 +200,11 @@ class Registry:
         """Tell whether the command that starts a domain is still at it: it holds the domain's lock till the end."""
         if entry.state != "starting" or entry.boot_id != self.boot_id:
             return False
-        return (
-            durable.is_locked(f"{self.directory(entry.domid)}/lock")
-            and proc.alive(entry.toolstack_pid, entry.toolstack_starttime) != "dead"
-        )
+        if self.is_busy(entry.domid) and proc.alive(entry.toolstack_pid, entry.toolstack_starttime) != "dead":
+            return True
+        # It may have come to its end since the entry was read: it writes that before it lets go of the lock.
+        now = self.read(entry.domid)
+        return now is not None and now.state != "starting" and now.same_life(entry)
 
     def next_domid(self) -> int:
         """Return the next free domid, counting up: one that was freed lately is not it, nor another registry's.

@@ -23,10 +23,10 @@ from depriv.config import Disk, Domain
 from depriv.errors import DeprivError
 
 if TYPE_CHECKING:
-    from depriv.entry import Entry
     from pathlib import Path
 
     from depriv.api import Guest, Toolstack
+    from depriv.entry import Entry
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 

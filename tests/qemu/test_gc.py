@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.qemu.test_quarantine import cli, freezing, process_of, uid_of
+from tests.qemu.test_quarantine import cli, uid_of
 from tests.support import guests
-from tests.support.guests import await_end, config_text, stop
+from tests.support.frozen import freezing, process_of
+from tests.support.guests import CommandLine, await_end, config_text, stop
 from tests.support.host import living, snapshot
 
 from depriv.api import Toolstack
 from depriv.config import Disk, Domain
+from depriv.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +62,13 @@ def pid_of(host: Toolstack, guest: Guest) -> int:
 
 
 def kill(host: Toolstack, guest: Guest) -> None:
+    """End its QEMU, to the last thread."""
+    uid = entry_of(host, guest).uid
     os.kill(pid_of(host, guest), signal.SIGKILL)
-    assert await_end(pid_of(host, guest))
+    deadline = time.monotonic() + PATIENCE_S
+    while living(range(uid, uid + 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def gc(host: Toolstack, *words: str, expect: int | None = 0) -> list[dict[str, Any]]:
@@ -188,29 +195,70 @@ def test_guest_whose_entry_is_lost_is_ended_and_its_cgroup_removed(
     assert host.registry.next_domid() != guest.domid
 
 
-def test_process_with_an_id_of_the_range_and_of_no_domain_is_ended(host: Toolstack, uids: range) -> None:
-    domid = host.registry.next_domid() + 3
+def swept(depriv: CommandLine, *words: str, expect: int = 0) -> list[dict[str, Any]]:
+    """Return what gc says on a host of its own, of these tests' ids: only there it looks for strays."""
+    found: list[dict[str, Any]] = json.loads(depriv.run("gc", "--json", *words, expect=expect).stdout)
+    return [each for each in found if each["domid"] in guests.DOMIDS]
+
+
+def test_process_with_an_id_of_the_range_and_of_no_domain_is_ended(depriv: CommandLine, uids: range) -> None:
+    domid = Registry(depriv.state_dir).next_domid() + 3
     with process_of(uid_of(uids, domid)) as stray:
-        assert kinds(cleared(host, uids)) == [("process", "done", domid)]
+        assert kinds(swept(depriv, "--dry-run")) == [("process", "would", domid)]
+        assert stray.poll() is None
+        (done,) = swept(depriv)
+        assert (done["kind"], done["result"], done["domid"]) == ("process", "done", domid)
+        assert str(stray.pid) in done["what"]
         assert stray.wait(PATIENCE_S) == -signal.SIGKILL
     assert living(uids) == ()
+    assert depriv.rows() == []
 
 
-def test_processes_of_users_and_of_other_registries_domains_are_not_strays(
-    host: Toolstack, uids: range, tmp_path: Path
+def test_first_start_of_a_registry_ends_what_an_earlier_one_left(
+    depriv: CommandLine, uids: range, tmp_path: Path
+) -> None:
+    domid = Registry(depriv.state_dir).next_domid() + 3
+    with process_of(uid_of(uids, domid)) as stray:
+        depriv.run("create", str(config(tmp_path)))
+        assert stray.wait(PATIENCE_S) == -signal.SIGKILL
+    with process_of(uid_of(uids, domid)) as stray:
+        depriv.run("create", str(config(tmp_path, "next")))  # no start after it looks through the host again
+        assert stray.poll() is None
+
+
+def test_process_of_a_user_whose_uid_lies_in_the_range_is_no_stray(uids: range, tmp_path: Path) -> None:
+    uid = uids.stop - 2
+    path = tmp_path / "passwd"
+    path.write_text(Path("/etc/passwd").read_text() + f"alice:x:{uid}:{uid}::/home/alice:/bin/sh\n")
+    depriv = CommandLine(bind=(str(path), "/etc/passwd"))
+    try:
+        with process_of(uid) as alices:
+            assert swept(depriv) == []
+            assert alices.poll() is None
+    finally:
+        depriv.close()
+
+
+def test_processes_outside_of_the_range_and_of_other_registries_domains_are_no_strays(
+    depriv: CommandLine, uids: range, tmp_path: Path
 ) -> None:
     other = guests.toolstack(tmp_path / "other")
     guest = start(other, tmp_path / "a.img")
     try:
-        # Just outside of the range at both ends, as far as somebody else's test is not there.
-        base = uids.start - guests.DOMIDS.start
+        base = uid_of(uids, 0)
         with process_of(base - 3) as below, process_of(base + 32752) as above:
-            assert gc(host) == []
+            assert swept(depriv) == []
             assert (below.poll(), above.poll()) == (None, None)
         assert guest.row().state == "paused"
         assert guest.audit().holds
     finally:
         guests.end_all(other)
+
+
+def test_registry_in_a_folder_of_its_own_choice_looks_for_no_strays(host: Toolstack, uids: range) -> None:
+    with process_of(uid_of(uids, host.registry.next_domid() + 3)) as stranger:
+        assert gc(host) == []
+        assert stranger.poll() is None
 
 
 def test_guest_of_another_registry_lives_on_when_that_is_new_or_lost_to_us(host: Toolstack, tmp_path: Path) -> None:
@@ -270,13 +318,12 @@ def test_what_was_due_is_not_done_to_who_has_its_id_since(host: Toolstack, uids:
 
     start(host, tmp_path / "first.img").destroy()
     domid = host.registry.next_domid()
-    with process_of(uid_of(uids, domid)):
-        due = [each for each in collect.strays(host.registry) if each.domid == domid]
-        assert len(due) == 1
-        guest = start(host, tmp_path / "a.img")
+    uid = uid_of(uids, domid)
+    guest = start(host, tmp_path / "a.img")
     assert guest.domid == domid
     leaf = collect.Due(kind="cgroup", action="clear", what="", domid=domid, path=entry_of(host, guest).cgroup)
-    for each in (*due, leaf, collect.Due(kind="start", action="clear", what="", domid=domid)):
+    process = collect.Due(kind="process", action="clear", what="", domid=domid, uid=uid)
+    for each in (process, leaf, collect.Due(kind="start", action="clear", what="", domid=domid)):
         assert collect.clear(each, host.registry).result == "gone"
     ended = collect.Due(kind="domain", action="clear", what="", domid=domid, name="web")
     assert collect.clear(ended, host.registry).result == "gone"

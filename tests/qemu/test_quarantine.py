@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does not die is said, kept from use and held against nobody else; and cleared once it can die.
 
-The kernel lets nothing end a process that the freezer of cgroup v1 holds, not even SIGKILL: as it is with one that
-waits for a server that is gone. See freezer-subsystem.rst of the kernel's documentation.
+A frozen process stands for one that waits for a server that is gone.
 """
 
 from __future__ import annotations
@@ -18,88 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support import guests
+from tests.support.frozen import Frozen, freezing, process_of
 from tests.support.guests import CommandLine, await_end, config_text
 from tests.support.host import living, need
 
-from depriv import collect, ending
+from depriv import cgroup, collect, ending
 from depriv.config import Disk, Domain
 from depriv.errors import ConfigError, DeprivError
 from depriv.host import CACHE_DIR
-from depriv.registry import REUSE_DELAY_S
+from depriv.registry import REUSE_DELAY_S, Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from depriv.api import Guest, Toolstack
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
-FREEZER = "/sys/fs/cgroup/freezer"
 PATIENCE_S = 10.0
 SHARED = "xen-qemuuser-shared"
-
-
-class Frozen:
-    """A process that stands still and cannot end, until it is thawed."""
-
-    def __init__(self, pid: int) -> None:
-        """Freeze it with all its threads."""
-        self._path = f"{FREEZER}/depriv-tests-{os.getpid()}-{pid}"
-        self.pid = pid
-        self._is_frozen = True
-        os.mkdir(self._path)
-        self._write("cgroup.procs", str(pid))
-        self._write("freezer.state", "FROZEN")
-        deadline = time.monotonic() + PATIENCE_S
-        while self._state() != "FROZEN":
-            assert time.monotonic() < deadline, self._state()
-            time.sleep(0.005)
-
-    def thaw(self) -> None:
-        """Let it go on; what was sent to it meanwhile arrives."""
-        if self._is_frozen:
-            self._write("freezer.state", "THAWED")
-            self._is_frozen = False
-
-    def close(self) -> None:
-        """Thaw it, let it go back to where it was from, if it lives, and remove what held it."""
-        self.thaw()
-        with contextlib.suppress(ProcessLookupError), open(f"{FREEZER}/cgroup.procs", "w", encoding="ascii") as file:
-            file.write(str(self.pid))
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                os.rmdir(self._path)
-                return
-            except OSError:
-                assert time.monotonic() < deadline, f"process {self.pid} stays in {self._path}"
-                time.sleep(0.01)
-
-    def _state(self) -> str:
-        with open(f"{self._path}/freezer.state", encoding="ascii") as file:
-            return file.read().strip()
-
-    def _write(self, name: str, text: str) -> None:
-        with open(f"{self._path}/{name}", "w", encoding="ascii") as file:
-            file.write(text)
-
-
-@contextlib.contextmanager
-def freezing() -> Generator[Callable[[int], Frozen]]:
-    """Yield what freezes processes; at the end all of them go on."""
-    need(os.path.isdir(FREEZER), what="the freezer of cgroup v1")
-    made: list[Frozen] = []
-
-    def freeze(pid: int) -> Frozen:
-        made.append(Frozen(pid))
-        return made[-1]
-
-    try:
-        yield freeze
-    finally:
-        for each in made:
-            each.close()
 
 
 def cli(host: Toolstack, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -115,23 +52,6 @@ def gc(host: Toolstack, *words: str, expect: int = 0) -> list[dict[str, Any]]:
     """Return what ``depriv gc --json`` says of the domains of ``host``; what others have left is not ours."""
     done: list[dict[str, Any]] = json.loads(cli(host, "gc", "--json", *words, expect=expect).stdout)
     return done
-
-
-@contextlib.contextmanager
-def process_of(uid: int, *argv: str, gid: int = 0) -> Generator[subprocess.Popen[bytes]]:
-    """Yield a process that has a uid for no reason that depriv knows of; it waits unless ``argv`` is something else."""
-    ids = ["setpriv", f"--reuid={uid}", f"--regid={gid or uid}", "--clear-groups"]
-    words = argv or ("sh", "-c", "trap '' HUP INT QUIT TERM; exec sleep 60")
-    with subprocess.Popen([*ids, *words], cwd="/", stdin=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + PATIENCE_S
-            while process.pid not in living(range(uid, uid + 1)):
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.005)
-            yield process
-        finally:
-            process.kill()
 
 
 def uid_of(uids: range, domid: int) -> int:
@@ -261,6 +181,54 @@ def test_quarantined_domain_slows_no_other_start(
 
 
 @pytest.mark.usefixtures("soon")
+def test_end_that_takes_its_time_slows_no_other_start(
+    host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
+) -> None:
+    guest = create(host, "web", tmp_path / "a.img")
+    create(host, "warm", tmp_path / "b.img").destroy()
+    frozen = freeze(guest.row().pid)
+    argv = [sys.executable, "-m", "depriv.cli", "destroy", "web"]
+    with subprocess.Popen(argv, env={**os.environ, "DEPRIV_STATE_DIR": host.registry.folder}) as destroy:
+        deadline = time.monotonic() + PATIENCE_S
+        while host.registry.find("web").state != "ending":
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        began = time.monotonic()
+        other = create(host, "other", tmp_path / "b.img")
+        took_s = time.monotonic() - began
+        assert destroy.poll() is None, "it was over: this proves nothing"
+        frozen.thaw()
+        assert destroy.wait(PATIENCE_S) == 0
+    assert took_s < 1.5
+    assert [each.domid for each in host.guests()] == [other.domid]
+
+
+def test_kill_of_a_cgroup_of_version_1_waits_for_nobody_who_does_not_die(uids: range) -> None:
+    """Such a cgroup has no cgroup.kill: whoever is in it is named, and killed, until none is new."""
+    need(os.path.isdir("/sys/fs/cgroup/pids"), what="cgroup v1")
+    path = f"/sys/fs/cgroup/pids/depriv-tests-{os.getpid()}"
+    os.mkdir(path)
+    try:
+        with process_of(uid_outside(uids)) as process, process_of(uid_outside(uids)) as other, freezing() as freeze:
+            for each in (process, other):
+                with open(f"{path}/cgroup.procs", "w", encoding="ascii") as file:
+                    file.write(str(each.pid))
+            frozen = freeze(process.pid)
+            began = time.monotonic()
+            cgroup.kill_cgroup(path)
+            assert time.monotonic() - began < 2
+            assert other.wait(PATIENCE_S) == -signal.SIGKILL
+            with pytest.raises(DeprivError, match="cannot remove cgroup"):
+                cgroup.remove_cgroup(path, timeout_s=0.2)
+            frozen.thaw()
+            assert process.wait(PATIENCE_S) == -signal.SIGKILL
+        cgroup.remove_cgroup(path)
+        assert not os.path.exists(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
+
+
 def test_gc_says_that_it_does_not_die_and_the_next_one_after_it_could_clears_it(
     host: Toolstack, freeze: Callable[[int], Frozen], tmp_path: Path
 ) -> None:
@@ -360,21 +328,22 @@ def test_start_cleans_up_after_itself_as_far_as_it_can_where_its_uid_is_held(
     rests(host, domid)
 
 
-def test_stray_that_does_not_die_keeps_its_id_from_use(host: Toolstack, uids: range, tmp_path: Path) -> None:
-    create(host, "first", tmp_path / "1.img").destroy()
-    domid = host.registry.next_domid()
+def test_stray_that_does_not_die_keeps_its_id_from_use(depriv: CommandLine, uids: range) -> None:
+    registry = Registry(depriv.state_dir)
+    domid = registry.next_domid()
     with process_of(uid_of(uids, domid)) as stranger, freezing() as freeze:
         frozen = freeze(stranger.pid)
-        (done,) = gc(host, expect=1)
-        assert (done["kind"], done["result"], done["domid"]) == ("process", "quarantined", domid)
+        found = json.loads(depriv.run("gc", "--json", expect=1).stdout)
+        (done,) = [each for each in found if each["domid"] == domid]
+        assert (done["kind"], done["result"]) == ("process", "quarantined")
         assert f"{stranger.pid} (D)" in done["cause"]
-        assert host.registry.next_domid() == domid + 1
-        (row,) = host.rows()
-        assert (row.domid, row.state, row.uid) == (domid, "quarantined", uid_of(uids, domid))
+        assert registry.next_domid() == domid + 1
+        (row,) = depriv.rows()
+        assert (row["domid"], row["state"], row["uid"]) == (domid, "quarantined", uid_of(uids, domid))
         frozen.thaw()
         assert stranger.wait(PATIENCE_S) == -signal.SIGKILL
-    assert [each["result"] for each in gc(host)] == ["done"]
-    assert host.guests() == ()
+    assert depriv.run("gc", str(domid)).stdout.endswith(": cleared\n")
+    assert depriv.rows() == []
 
 
 @pytest.fixture

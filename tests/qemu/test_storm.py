@@ -132,7 +132,7 @@ def test_mount_is_seen(ground: Ground, tmp_path: Path, undo: ExitStack) -> None:
     target = tmp_path / "mounted"
     target.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "storm", target], check=True)
-    undo.callback(subprocess.run, ["umount", target], check=True)
+    undo.callback(lambda: subprocess.run(["umount", target], check=True))
     assert [what for what in found(ground) if "mount" in what and str(target) in what]
 
 

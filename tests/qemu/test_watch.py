@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.qemu.test_dead_leader import end_main_thread
 from tests.support.guests import await_console, await_state, hmp, qmp, stop
+from tests.support.host import need
 from tests.support.watching import Watching, await_true
 
 from depriv import demo_guest
 from depriv.config import Disk, Domain
-from depriv.errors import NotFoundError
+from depriv.errors import DeprivError, NotFoundError
 from depriv.policy import RESTARTS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from depriv.api import Guest, Toolstack
 
@@ -193,6 +195,33 @@ def test_killed_qemu_is_a_crash_and_its_guest_is_back_under_another_domid(
     third = await_next_life(host, again)
     assert third.domid not in (guest.domid, again.domid)
     assert watching.stop() == 0
+
+
+def test_qemu_that_the_kernel_kills_for_its_memory_is_a_crash_and_its_guest_is_back(
+    host: Toolstack, start: Callable[..., Guest], watch: Callable[[], Watching]
+) -> None:
+    need(os.path.isdir("/sys/fs/cgroup/memory"), what="the memory controller of cgroup version 1")
+    guest = start(on_crash="restart")
+    watching = watch()
+    old = pid_of(host, guest)
+    group = Path(f"/sys/fs/cgroup/memory/depriv-tests-{os.getpid()}")
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
+        (group / "cgroup.procs").write_text(str(old))
+        # It needs memory for its answers, and for what the guest does when it starts anew.
+        with contextlib.suppress(DeprivError):
+            for _ in range(50):
+                qmp(host, guest, "query-qmp-schema")
+        watching.await_said("QEMU is gone")
+        await_true(lambda: [row.state for row in host.rows()] == ["running"], what="a new life")
+    finally:
+        await_true(lambda: not (group / "cgroup.procs").read_text(), what="the end of what is in the cgroup")
+        killed = (group / "memory.oom_control").read_text()
+        group.rmdir()
+    assert "oom_kill 0" not in killed
+    (row,) = host.rows()
+    assert (row.name, row.domid != guest.domid, row.pid != old) == ("web", True, True)
 
 
 def test_guest_that_crashes_again_and_again_is_left_at_last_for_somebody_to_see(

@@ -24,7 +24,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from tests.support.storm_broker import Broker, Hit
 from tests.support.storm_guests import Live, config_text, kernels
@@ -91,7 +91,9 @@ class Storm:
         history = {str(domids.start): time.clock_gettime(time.CLOCK_BOOTTIME)}
         Path(f"{self._state}/history.json").write_text(json.dumps({"boot": proc.boot_id(), "freed": history}))
         os.chmod(f"{self._state}/history.json", 0o600)
-        os.symlink(os.path.join(os.path.dirname(os.path.realpath(__file__)), "storm_jail.py"), f"{self._folder}/jail.py")
+        os.symlink(
+            os.path.join(os.path.dirname(os.path.realpath(__file__)), "storm_jail.py"), f"{self._folder}/jail.py"
+        )
         kernels(self._folder)
         self._host = Toolstack(state_dir=self._state, cache_dir=self._cache)
         first_uid = pwd.getpwnam(RANGE_BASE).pw_uid
@@ -100,7 +102,7 @@ class Storm:
         self._ground.keep_descriptors()
         self._places = {verb: self._measured(verb) for verb in ("create", "destroy", "gc", "restart", "cold")}
 
-    def __enter__(self) -> Storm:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -258,7 +260,7 @@ class Storm:
             faults.append(f"create failed, but: {left}; it said: {ran.said}")
 
     def _create_words(self, name: str, rng: random.Random, verb: str) -> tuple[str, ...]:
-        """Return what starts a guest for ``verb`` to end: for gc one that switches itself off, as no start clears it."""
+        """Return what starts a guest for ``verb`` to end; for gc one that switches itself off: no start clears that."""
         path = f"{self._folder}/{name}.cfg"
         crash, kernel = "restart" if verb == "restart" else "destroy", "off" if verb == "gc" else "idle"
         Path(path).write_text(config_text(self._folder, name, crash=crash, kernel=kernel))
@@ -307,7 +309,7 @@ class Storm:
             self._kill_qemu(name, rng)
         ran = self._command(told, count, cache=cache, lines=lines)
         assert ran.status == 0, ran.said
-        plan = self._host.plan(load(words[-1], ('disk=[]', f'name="{name}-plan"')))
+        plan = self._host.plan(load(words[-1], ("disk=[]", f'name="{name}-plan"')))
         for guest in self._host.guests():
             if guest.name == name:
                 guest.destroy()

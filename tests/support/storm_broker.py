@@ -26,7 +26,7 @@ class Hit(Record):
     """What is to happen: where who is stopped, and who is killed then."""
 
     who: str  # whose place it is: "toolstack" or "jail" (and its children)
-    at: str  # "line" (the nth of all), "place" (the nth time at one), "step", "killer"; "count": count the lines, kill nobody
+    at: str  # "line" (the nth of all), "place" (the nth time at one), "step", "killer"; "count": all lines, kill nobody
     victim: str  # "self" (who gets there), "toolstack", "jail" or "child" (of the jail: QEMU, before exec and after)
     file: str = ""
     line: int = 0
@@ -126,7 +126,9 @@ class Broker:
             os.close(pidfd)
             return
         later = f"{hit.delay_ms} ms later " if hit.delay_ms else ""
-        self.struck = f"{'stop, ' if hit.stop else ''}{later}{'resume' if hit.resume else 'kill'} {hit.victim} {pid} at {place}"
+        self.struck = (
+            f"{'stop, ' if hit.stop else ''}{later}{'resume' if hit.resume else 'kill'} {hit.victim} {pid} at {place}"
+        )
         if hit.stop:
             _send(pidfd, signal.SIGSTOP)
         if hit.delay_ms:

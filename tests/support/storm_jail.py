@@ -16,6 +16,7 @@ sys.path += [f"{ROOT}/src", ROOT]
 
 from tests.support.storm_point import PACKAGE, Lines, Point  # noqa: E402
 
+from depriv import check  # noqa: E402
 from depriv.jail import process  # noqa: E402
 from depriv.jail import reap as reaper  # noqa: E402
 
@@ -53,11 +54,11 @@ def names_of(plan: Plan) -> list[tuple[Step, str]]:
 def stop_at_step(wanted: str, when: str, reached: Callable[[str], None]) -> None:
     """Have ``reached`` called before or after the step of this name. Nothing comes after Execute but the answer."""
     names: list[tuple[Step, str]] = []
-    check, attempt, answer = process.check, process.attempt, process.answer
+    attempt, answer = process.attempt, process.answer
 
     def stopping_check(plan: Plan) -> None:
         names[:] = names_of(plan)
-        check(plan)
+        check.check(plan)
 
     def stopping_attempt(step: Step, state: State) -> None:
         name = next(name for each, name in names if each is step)
@@ -72,7 +73,7 @@ def stop_at_step(wanted: str, when: str, reached: Callable[[str], None]) -> None
             reached("after Execute1")
         answer(control, words)
 
-    process.check, process.attempt, process.answer = stopping_check, stopping_attempt, stopping_answer
+    vars(process).update(check=stopping_check, attempt=stopping_attempt, answer=stopping_answer)
 
 
 def stop_killer(when: str, reached: Callable[[str], None]) -> None:

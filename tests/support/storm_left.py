@@ -31,7 +31,9 @@ class Alive(Record):
 class Ground:
     """The host as it was before a storm."""
 
-    def __init__(self, folder: str, state: str, cache: str, *, first_uid: int, domids: range, settle_s: float = SETTLE_S) -> None:
+    def __init__(
+        self, folder: str, state: str, cache: str, *, first_uid: int, domids: range, settle_s: float = SETTLE_S
+    ) -> None:
         """Look.
 
         Args:
@@ -164,7 +166,9 @@ def _host() -> Iterator[str]:
         if len(words) > 7 and words[3] == "00010000":  # __SO_ACCEPTCON of <linux/net.h>: it listens
             yield f"socket {words[7]}"
     for kind in ("shm", "sem", "msg"):
-        yield from (f"{kind} {line.split()[0]} {line.split()[1]}" for line in _text(f"/proc/sysvipc/{kind}").splitlines())
+        yield from (
+            f"{kind} {line.split()[0]} {line.split()[1]}" for line in _text(f"/proc/sysvipc/{kind}").splitlines()
+        )
 
 
 def _namespaces(of: set[int] | None = None) -> dict[tuple[str, str], list[int]]:

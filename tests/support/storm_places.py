@@ -54,37 +54,43 @@ class Places(Record):
 
 def required(rng: random.Random, places: dict[str, Places], *, thorough: bool) -> list[tuple[str, Hit]]:
     """Return what every storm has to hit: each step of the plan, each command, each who takes part in it."""
-    found: list[tuple[str, Hit]] = []
-    steps = places["create"].steps
-    fork = steps.index("BecomeInit1")
-    for number, step in enumerate(steps):
-        whens = [when for when in ("before", "after") if thorough or step in ("EmptyRoot1", "Execute1")]
-        for when in whens or [rng.choice(("before", "after"))]:
-            able = ["self", "toolstack"] if number < fork else ["self", "toolstack", "jail", "child"]
-            for victim in able if thorough else [rng.choice(able)]:
-                found.append(("create", Hit(who="jail", at="step", step=step, when=when, victim=victim)))
+    found = [("create", hit) for hit in _at_steps(rng, places["create"].steps, thorough=thorough)]
     for when in ("before", "after"):
-        found += [("create", Hit(who="jail", at="step", step="EmptyRoot1", when=when, victim="child"))]
         found += [
             (verb, Hit(who="jail", at="killer", when=when, victim=victim))
             for verb in ("create", "destroy", "gc", "restart")
             for victim in (("self", "jail", "toolstack") if thorough else ("self", "jail"))
         ]
     for verb in ("create", "destroy", "gc", "restart"):  # one that is slow harms nobody
-        slow = (_line(rng, places[verb].toolstack, "toolstack", "self"), Hit(who="jail", at="killer", when="before", victim="jail"))
+        slow = (
+            _line(rng, places[verb].toolstack, "toolstack", "self"),
+            Hit(who="jail", at="killer", when="before", victim="jail"),
+        )
         found += [(verb, hit.replace(stop=True, resume=True, delay_ms=300)) for hit in slow]
-    for delay_ms in (0, 5, 20, 60, 120):  # QEMU somewhere in its start
-        hit = Hit(who="jail", at="step", step="Execute1", when="after", victim="child", delay_ms=delay_ms)
-        found.append(("create", hit))
+    times = 4 if thorough else 1
     for verb, count in (("create", 10), ("destroy", 6), ("gc", 6), ("restart", 8), ("cold", 3)):
-        for _ in range(4 * count if thorough else count):
-            found.append((verb, _line(rng, places[verb].toolstack, "toolstack", "self")))
+        found += [(verb, _line(rng, places[verb].toolstack, "toolstack", "self")) for _ in range(times * count)]
     for verb, count in (("create", 4), ("destroy", 3), ("gc", 3)):
-        for _ in range(4 * count if thorough else count):
-            found.append((verb, _line(rng, places[verb].jail, "jail", "self")))
+        found += [(verb, _line(rng, places[verb].jail, "jail", "self")) for _ in range(times * count)]
     launch = [place for place in places["create"].toolstack if place[2] in ("_launch", "_await_prelaunch")]
-    for _ in range(20 if thorough else 4):
-        found.append(("create", _place(rng, launch, "toolstack", rng.choice(("child", "jail")))))
+    found += [("create", _place(rng, launch, "toolstack", rng.choice(("child", "jail")))) for _ in range(times * 4)]
+    return found
+
+
+def _at_steps(rng: random.Random, steps: tuple[str, ...], *, thorough: bool) -> list[Hit]:
+    """Return a hit at each step of a start, and QEMU's death in the midst of its own."""
+    found: list[Hit] = []
+    fork = steps.index("BecomeInit1")
+    for number, step in enumerate(steps):
+        twice = thorough or step in ("EmptyRoot1", "Execute1")
+        able = ("self", "toolstack") if number < fork else ("self", "toolstack", "jail", "child")
+        for when in ("before", "after") if twice else (rng.choice(("before", "after")),):
+            victims = able if thorough else (rng.choice(able),)
+            found += [Hit(who="jail", at="step", step=step, when=when, victim=victim) for victim in victims]
+    for when in ("before", "after"):
+        found.append(Hit(who="jail", at="step", step="EmptyRoot1", when=when, victim="child"))
+    for delay_ms in (0, 5, 20, 60, 120):
+        found.append(Hit(who="jail", at="step", step="Execute1", when="after", victim="child", delay_ms=delay_ms))
     return found
 
 

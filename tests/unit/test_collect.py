@@ -19,6 +19,7 @@ from tests.support.host import need
 from depriv import cgroup, collect, proc
 from depriv.cgroup import find_cgroup, folder_name, remove_cgroup, remove_folder
 from depriv.collect import clear, of_entry, strays, survey, tidy
+from depriv.ending import forget
 from depriv.recover import of_the_range
 from depriv.registry import Registry
 
@@ -124,6 +125,22 @@ def test_start_is_due_when_its_lock_is_free_and_not_before(registry: Registry) -
 
 
 # Clearing
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_end_of_the_last_domain_takes_the_registrys_folder_of_cgroups_even_if_it_only_waited(
+    registry: Registry,
+) -> None:
+    need(bool(find_cgroup()[0]), what="cgroups")
+    folder = os.path.dirname(registry.cgroup(DOMID))
+    os.makedirs(folder)
+    add(registry, dead(domid=DOMID - 1, state="waiting"))
+    last = add(registry, dead(state="waiting", uid=0, gid=0, expected=None, cgroup=""))
+    forget(dead(domid=DOMID - 1, state="waiting"), registry)
+    assert os.path.isdir(folder)  # there still is one who may need it
+    forget(last, registry)
+    assert not os.path.exists(folder)
 
 
 def only(registry: Registry, *, restart: bool = False) -> collect.Due:
@@ -346,23 +363,37 @@ def test_what_does_not_die_becomes_a_quarantined_domain_and_is_cleared_once_it_c
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_process_with_a_uid_of_the_range_and_of_no_domain_is_a_stray_and_ended(registry: Registry) -> None:
+def test_process_with_a_uid_of_the_range_and_of_no_domain_is_a_stray_of_the_hosts_own_registry_and_ended(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uid = of_the_range(DOMID)[0]
     need(bool(uid), what="range")
-    with process_with(uid) as process, process_with(UID) as other:
-        mine = [due for due in strays(registry) if due.domid == DOMID]
-        assert [(due.kind, due.uid) for due in mine] == [("process", uid)]
-        assert str(process.pid) in mine[0].what
-        assert clear(mine[0], registry).result == "done"
-        assert process.wait(10) == -9
-        assert other.poll() is None
-        assert [due for due in strays(registry) if due.domid == DOMID] == []
-        assert clear(mine[0], registry).result == "gone"
-        other.kill()
+    mine: tuple[collect.Due, ...] = ()
+    results: list[str] = []
+    for _ in range(5):  # in a test of the command line beside us another may be the host's own, and faster
+        with process_with(uid) as process, process_with(UID) as other:
+            assert strays(registry) == ()  # a folder of one's own choice does not speak for the host
+            with monkeypatch.context() as patch:
+                patch.setattr(collect, "STATE_DIR", registry.folder)
+                mine = tuple(due for due in strays(registry) if due.domid == DOMID)
+            results = [clear(due, registry).result for due in mine]
+            ended = process.wait(10) if results == ["done"] else 0
+            assert other.poll() is None
+            other.kill()
+        if results == ["done"]:
+            assert ended == -9
+            assert [(due.kind, due.uid) for due in mine] == [("process", uid)]
+            assert str(process.pid) in mine[0].what
+            break
+    assert results == ["done"]
+    assert clear(mine[0], registry).result == "gone"
 
 
 @pytest.mark.root
-def test_process_of_a_domain_of_any_registry_is_no_stray(registry: Registry, leaf: str) -> None:
+def test_process_of_a_domain_of_any_registry_is_no_stray(
+    registry: Registry, leaf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "STATE_DIR", registry.folder)
     uid = of_the_range(DOMID)[0]
     need(bool(uid), what="range")
     with process_with(uid, leaf) as process:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.entries import EXPECTED, entry, killed_at
+from tests.support.entries import EXPECTED, entry
 
 from depriv import durable, proc
 from depriv.collect import lived_s
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.registry import ENDS, REUSE_DELAY_S, Registry, remove_tree
+from depriv.registry import ENDS, REUSE_DELAY_S, Registry
 
 if TYPE_CHECKING:
     from depriv.entry import Entry
@@ -191,117 +190,6 @@ def test_history_does_not_grow_without_end(registry: Registry) -> None:
         assert list(json.load(file)["freed"]) == ["1000"]
 
 
-# What nobody wrote
-
-
-def spoil(registry: Registry, *names: str, text: str = "{") -> None:
-    for name in names:
-        Path(registry.directory(1), name).write_text(text)
-
-
-def states(registry: Registry) -> list[str]:
-    return [one.state for one in Registry(registry.folder).entries()]
-
-
-def test_entry_cut_off_at_any_length_is_read_from_its_copy(registry: Registry) -> None:
-    made = entry(expected=EXPECTED)
-    add(registry, made)
-    path = Path(registry.directory(1), "state.json")
-    text = path.read_bytes()
-    for length in range(len(text)):
-        path.write_bytes(text[:length])
-        assert registry.read(1) == made, length
-    assert Registry(registry.folder).entries() == (made,)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "nonsense", "[]", "{}", '{"version": 1}', '{"version": "x"}', '{"version": 2, "name": "x"}'],
-)
-def test_damaged_entry_is_read_from_its_copy_and_nothing_is_lost(registry: Registry, text: str) -> None:
-    made = entry(expected=EXPECTED)
-    add(registry, made)
-    spoil(registry, "state.json", text=text)
-    assert registry.entries() == (made,)
-    assert registry.find("web") == registry.find("1") == registry.current(made) == made
-    assert registry.empty_folders() == ()
-
-
-def test_damaged_copy_alone_harms_nothing_and_is_mended_by_the_next_write(registry: Registry) -> None:
-    made = entry()
-    add(registry, made)
-    spoil(registry, "state.copy")
-    assert registry.entries() == (made,)
-    registry.save(made)
-    spoil(registry, "state.json")
-    assert registry.entries() == (made,)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 3, "name": "web"}'])
-def test_domain_with_no_readable_entry_is_listed_as_damaged_with_its_number_and_the_reason(
-    registry: Registry, text: str
-) -> None:
-    add(registry, entry())
-    spoil(registry, "state.json", "state.copy", text=text)
-    (found,) = registry.entries()
-    assert (found.domid, found.state, found.name) == (1, "damaged", "(damaged)")
-    assert f"{registry.directory(1)}/state.json" in found.trouble
-    assert found.expected is None
-    assert registry.find("1") == found
-    assert registry.life(found) == "dead"
-    with pytest.raises(NotFoundError):
-        registry.find("web")
-
-
-def test_damaged_domain_hides_no_other_and_keeps_its_number(registry: Registry) -> None:
-    add(registry, entry())
-    add(registry, entry("good", 2))
-    spoil(registry, "state.json", "state.copy")
-    assert registry.find("good").domid == 2
-    assert states(registry) == ["damaged", "running"]
-    assert registry.next_domid() == 3
-
-
-def test_entry_of_another_domid_is_no_entry_of_this_one(registry: Registry) -> None:
-    """Else ending the one would end the other."""
-    add(registry, entry("one", 1))
-    add(registry, entry("two", 2))
-    for name in ("state.json", "state.copy"):
-        shutil.copy(f"{registry.directory(2)}/{name}", f"{registry.directory(1)}/{name}")
-    assert [(one.domid, one.state) for one in registry.entries()] == [(1, "damaged"), (2, "running")]
-    assert "it is of domain 2" in registry.entries()[0].trouble
-
-
-@pytest.mark.parametrize("name", ["state.json", "state.copy"])
-def test_link_and_fifo_in_place_of_an_entry_are_neither_followed_nor_waited_for(
-    registry: Registry, tmp_path: Path, name: str
-) -> None:
-    made = entry()
-    add(registry, made)
-    path = Path(registry.directory(1), name)
-    elsewhere = tmp_path / "elsewhere.json"
-    elsewhere.write_text(path.read_text().replace("web", "evil"))
-    path.unlink()
-    path.symlink_to(elsewhere)
-    assert Registry(registry.folder).entries() == (made,)
-    path.unlink()
-    os.mkfifo(path)
-    began = time.monotonic()
-    assert Registry(registry.folder).entries() == (made,)
-    assert time.monotonic() - began < 2
-
-
-def test_entry_that_was_replaced_is_read_anew(registry: Registry) -> None:
-    add(registry, entry())
-    other = Registry(registry.folder)
-    assert other.read(1) == entry()
-    for state in ("ending", "quarantined", "running") * 5:
-        registry.save(entry(state=state))
-        found = other.read(1)
-        assert found is not None
-        assert found.state == state
-
-
 def test_domain_that_is_only_just_being_made_is_not_listed_but_its_domid_is_taken(registry: Registry) -> None:
     os.mkdir(registry.directory(1))
     assert registry.entries() == ()
@@ -422,105 +310,6 @@ def test_reservation_that_cannot_be_written_leaves_nothing(registry: Registry, m
     assert registry.domids() == ()
     assert registry.debris() == ()
     add(registry, entry("web", 1))
-
-
-# A command that is killed, before each of its calls
-
-AT_MOST = 2000
-
-
-def debris_cleared(registry: Registry) -> None:
-    """Clear what a killed command left, as `depriv gc` does, and see that nothing else was there."""
-    for path in registry.debris():
-        remove_tree(path)
-    names = set(os.listdir(registry.folder)) | {"boot", "history.json", "lock"}
-    assert names == {"boot", "domains", "history.json", "lock"}
-    assert all(name.isdecimal() for name in os.listdir(f"{registry.folder}/domains"))
-    for domid in registry.domids():
-        assert set(os.listdir(registry.directory(domid))) <= {"state.json", "state.copy", "lock", "ended", "qmp"}
-
-
-def test_save_that_is_killed_leaves_the_old_entry_or_the_new(registry: Registry) -> None:
-    old, new = entry(), entry(state="ending", trouble="x" * 300)
-    add(registry, old)
-    seen: list[str] = []
-    for number in range(1, AT_MOST):
-        registry.save(old)
-        killed = killed_at(number, lambda: registry.save(new))
-        found = Registry(registry.folder).entries()
-        assert found in ((old,), (new,))
-        seen.append(found[0].state)
-        debris_cleared(registry)
-        assert Registry(registry.folder).entries() == found
-        if not killed:
-            break
-    assert list(dict.fromkeys(seen)) == ["running", "ending"]
-
-
-def test_reservation_that_is_killed_leaves_an_entry_or_an_empty_folder_that_is_known(registry: Registry) -> None:
-    seen: list[str] = []
-    for number in range(1, AT_MOST):
-        killed = killed_at(number, lambda: add(registry, entry()))
-        found = Registry(registry.folder).entries()
-        if found:
-            assert found == (entry(),)
-            assert registry.empty_folders() == ()
-        else:
-            assert registry.empty_folders() == registry.domids()
-        seen.append("entry" if found else f"{len(registry.domids())} folders")
-        debris_cleared(registry)
-        with registry.locked():  # the dead keep no lock
-            registry.remove(1, used=False)
-        assert registry.domids() == ()
-        if not killed:
-            break
-    assert list(dict.fromkeys(seen)) == ["0 folders", "1 folders", "entry"]
-
-
-def test_removal_that_is_killed_leaves_the_entry_or_nothing_and_then_its_number_rests(registry: Registry) -> None:
-    seen: list[str] = []
-    for number in range(1, AT_MOST):
-        Path(registry.folder, "history.json").unlink(missing_ok=True)
-        add(registry, entry())
-        for name in ("qmp", "ended"):
-            Path(registry.directory(1), name).touch(0o600)
-        killed = killed_at(number, lambda: registry.remove(1))
-        found = Registry(registry.folder).entries()
-        assert found in ((entry(),), ())
-        seen.append("there" if found else "gone")
-        assert registry.empty_folders() == ()
-        assert registry.next_domid() == 2
-        debris_cleared(registry)
-        assert Registry(registry.folder).entries() == found
-        registry.remove(1, used=False)
-        if not killed:
-            break
-    assert list(dict.fromkeys(seen)) == ["there", "gone"]
-    assert os.listdir(f"{registry.folder}/domains") == []
-
-
-def test_note_that_is_killed_leaves_all_of_it_or_none(registry: Registry) -> None:
-    add(registry, entry())
-    seen: list[str] = []
-    for number in range(1, AT_MOST):
-        registry.forget_end(1)
-        killed = killed_at(number, lambda: registry.note_end(1, "poweroff"))
-        seen.append(registry.end_noted(1))
-        debris_cleared(registry)
-        if not killed:
-            break
-    assert list(dict.fromkeys(seen)) == ["", "poweroff"]
-
-
-def test_debris_of_a_writer_that_lives_is_left_to_it(registry: Registry) -> None:
-    add(registry, entry())
-    with subprocess.Popen(["sleep", "60"]) as writer:
-        beside = f"{registry.directory(1)}/state.json.7.{writer.pid}"
-        Path(beside).touch()
-        assert registry.debris() == ()
-        writer.kill()
-        writer.wait()
-        assert registry.debris() == (beside,)
 
 
 # How a guest ended

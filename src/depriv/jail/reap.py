@@ -43,9 +43,11 @@ def reap(step: Reap, _state: object = None) -> None:
     deadline = _now() + step.timeout_ms / 1000
     lock = _open_lock(step.lock)
     try:
-        _await_lock(lock, step, deadline)
         while True:
+            _await_lock(lock, step, deadline)
             sent = _kill_all(step, deadline)
+            # Not while we look: what does not die must not hold up the reapers of all other domains.
+            fcntl.flock(lock, fcntl.LOCK_UN)
             left = survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline) if sent else 0.0)
             if sent and not left:
                 return
