@@ -91,6 +91,12 @@ def lost_folders(state_dir: str) -> tuple[str, ...]:
     return tuple(name for name in others if name not in alive)
 
 
+def remove_lost_folders(state_dir: str) -> None:
+    """Remove the folders, empty by now, that a registry at this path left behind."""
+    for name in lost_folders(state_dir):
+        remove_folder(f"{find_cgroup()[0]}/{name}")
+
+
 def _everywhere(path: str) -> set[tuple[int, int]]:
     """Return device and inode of what is at ``path`` in each mount namespace and root directory of the host."""
     found: set[tuple[int, int]] = set()

@@ -303,6 +303,8 @@ def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, .
     due = tuple(each for each in due if each.name == name or not registry.is_busy(each.domid))
     due = tuple(each for each in due if each.kind != "quarantine" or not _lives(each, registry))
     done = tuple(clear(each, registry) for each in (*due, *(strays(registry) if new else ())))
+    if new:
+        cgroup.remove_lost_folders(registry.folder)
     if is_swept(registry, done):
         registry.mark_seen()
     return done

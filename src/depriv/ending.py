@@ -88,6 +88,7 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
         # That of its start, if that was cut short: whoever starts a domain holds its lock. First, so that nothing new
         # comes from it.
         kill_process(entry.jail_pid, entry.jail_starttime)
+        kill(entry, registry)  # whatever becomes of the jail
         _await_end(entry.jail_pid, entry.jail_starttime, "the jail", wait_s)
     kill(entry, registry)
     if not entry.shared and entry.uid >= _UID_MIN:

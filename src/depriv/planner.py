@@ -88,7 +88,7 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
     taken = tuple((other.name, other.uid, other.gid) for other in host.holdings)
     identity = choose(device_model_user=config.device_model_user, domid=host.domid, accounts=host.accounts, taken=taken)
     _refuse_strangers(config, host, identity)
-    warnings = _warnings(config)
+    warnings = _warnings(config, identity)
     chains = storage.chains(config, host, warnings)
     key = _runtime_key(config, host, accel)
     runtime = f"{host.cache_dir}/runtime/{digest(key)}"
@@ -127,12 +127,17 @@ def _cgroup(host: Host) -> str:
     return f"{host.cgroup_dir}/{host.cgroup_folder}/{host.domid}"
 
 
-def _warnings(config: Domain) -> list[str]:
+def _warnings(config: Domain, identity: Identity) -> list[str]:
     warnings = [note.text for note in config.notes if note.warning]
     if not config.dm_restrict and not any(note.key == "dm_restrict" and note.warning for note in config.notes):
         warnings.append(
             "dm_restrict = 0: QEMU keeps a uid of its own and no capability, but runs WITHOUT namespaces, empty root, "
             "limits and sandbox"
+        )
+    if identity.how.startswith("shared"):
+        warnings.append(
+            f"device_model_user: uid {identity.uid} is SHARED with every domain that names it: a QEMU that is taken "
+            "over can kill the others, and nothing of it is killed by uid"
         )
     return warnings
 

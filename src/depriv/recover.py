@@ -30,7 +30,7 @@ def rebuild(domid: int, path: str, cause: str) -> Entry:
         except (ProcessLookupError, PermissionError):
             continue
     return Entry(
-        name="(damaged)",
+        name=f"(damaged-{domid})",
         domid=domid,
         state="damaged",
         uid=uid,

@@ -254,7 +254,12 @@ def _check_shared(config: Domain, host: Host, found: tuple[Chain, ...]) -> None:
         for dev, ino, rdev, writable in other.images:
             key = (dev, ino, rdev)
             before = seen.get(key)
-            seen[key] = (f"domain {other.name}", writable or bool(before and before[1]))
+            who = (
+                f"domain {other.name}"
+                if not other.name_free
+                else f"domain {other.name} ({other.domid}), which does not die"
+            )
+            seen[key] = (who, writable or bool(before and before[1]))
     for chain in found:
         for file in chain:
             dev, ino, rdev, writable = file.hold

@@ -270,6 +270,10 @@ def test_next_create_clears_what_has_died_meanwhile(
     quarantined(guest)
     frozen.thaw()
     assert await_end(row.pid)
+    deadline = time.monotonic() + 10
+    while living(range(row.uid, row.uid + 1)):  # its threads end one by one
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     again = create(host, "web", image)
     assert [each.domid for each in host.guests()] == [again.domid]
     assert again.domid != row.domid

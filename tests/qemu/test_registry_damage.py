@@ -77,7 +77,7 @@ def test_guest_whose_entry_is_lost_is_listed_from_what_the_kernel_shows(
     else:
         spoil(host, guest, *ALL, text='{"version": 1}' if how == "another version" else '{"version": 2, "na')
     (row,) = host.rows()
-    assert (row.state, row.name, row.domid) == ("damaged", "(damaged)", before.domid)
+    assert (row.state, row.name, row.domid) == ("damaged", f"(damaged-{before.domid})", before.domid)
     assert (row.pid, row.uid, row.gid) == (before.pid, before.uid, before.gid)
     assert f"{directory}/state.json" in row.trouble
     with pytest.raises(NotFoundError):

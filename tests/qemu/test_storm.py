@@ -112,7 +112,7 @@ def test_process_of_a_domains_gid_alone_is_seen(ground: Ground, undo: ExitStack)
 
 def test_jail_that_hangs_in_namespaces_of_its_own_is_seen(ground: Ground, undo: ExitStack, tmp_path: Path) -> None:
     # The command line is all that gives it away, as it does a jail.
-    process = sleeper(undo, "unshare", "--net", "sh", "-c", "echo; sleep 60; exit", str(tmp_path))
+    process = sleeper(undo, "unshare", "--net", "sh", "-c", "echo; kill -STOP $$", str(tmp_path))
     assert process.stdout is not None
     process.stdout.readline()
     seen = found(ground)

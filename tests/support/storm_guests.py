@@ -55,7 +55,7 @@ class Live:
             path = f"{folder}/live{number}.img"
             Path(path).write_bytes(demo_guest.image(text=f"live {number}"))
             disk = Disk(vdev="xvda", target=path)
-            domain = Domain(name=f"live{number}", memory_mib=32, machine=machine, disks=(disk,), on_crash="preserve")
+            domain = Domain(name=f"live{number}", memory_mib=32, machine=machine, disks=(disk,))
             self._guests.append(host.create(domain, paused=paused))
         self._rows = [guest.row() for guest in self._guests]
         self._births = [proc.start_time(row.pid) for row in self._rows]

@@ -78,7 +78,7 @@ class Ground:
             yield f"process {pid}: {_text(f'/proc/{pid}/cmdline')[:200]!r} {_text(f'/proc/{pid}/status')[:300]!r}"
         lived_in = set(_namespaces(known))
         for (kind, inode), pids in _namespaces().items():
-            if (kind, inode) not in self._spaces | lived_in and set(pids) <= {*ours}:
+            if (kind, inode) not in self._spaces | lived_in and set(pids) & {*ours}:
                 yield f"{kind} namespace {inode} of process {pids}"
 
     def _is_ours(self, pid: int) -> bool:

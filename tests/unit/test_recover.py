@@ -61,7 +61,12 @@ def _is(pid: int, program: str) -> bool:
 
 def test_domain_of_which_nothing_lives_is_known_by_its_number_alone() -> None:
     found = rebuild(DOMID, "/nowhere/depriv/7", "the reason")
-    assert (found.domid, found.state, found.name, found.trouble) == (DOMID, "damaged", "(damaged)", "the reason")
+    assert (found.domid, found.state, found.name, found.trouble) == (
+        DOMID,
+        "damaged",
+        f"(damaged-{DOMID})",
+        "the reason",
+    )
     assert (found.images, found.expected, found.config, found.restricted) == ((), None, None, False)
     assert found.boot_id == proc.boot_id()
     assert main_pid(found) == 0

@@ -83,7 +83,7 @@ def test_domain_with_no_readable_entry_is_listed_as_damaged_with_its_number_and_
     add(registry, entry())
     spoil(registry, "state.json", "state.copy", text=text)
     (found,) = registry.entries()
-    assert (found.domid, found.state, found.name) == (1, "damaged", "(damaged)")
+    assert (found.domid, found.state, found.name) == (1, "damaged", "(damaged-1)")
     assert f"{registry.directory(1)}/state.json" in found.trouble
     assert found.expected is None
     assert registry.find("1") == found

@@ -46,10 +46,8 @@ def reap(step: Reap, _state: object = None) -> None:
         while True:
             _await_lock(lock, step, deadline)
             sent = _kill_all(step, deadline)
-            # Not while we look: what does not die must not hold up the reapers of all other domains.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            left = survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline) if sent else 0.0)
-            if sent and not left:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # what does not die must not hold up the reapers of all other domains
+            if sent and not survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline)):
                 return
             if _now() > deadline:
                 raise _failure(survivors(step.uid, step.gid), step)
