@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import cgroup, lifecycle, status
+from depriv import lifecycle, status
 from depriv.durable import BusyError
 from depriv.errors import ConfigError, DeprivError, HostError, NotFoundError
 from depriv.host import CACHE_DIR, STATE_DIR
@@ -199,7 +199,7 @@ class Toolstack:
             return tuple(collect.outcome(each, "would") for each in due)
         done = tuple(self._do(each, said.get(each.domid, "")) for each in due)
         if not domids:
-            cgroup.remove_lost_folders(self.registry.folder)
+            collect.remove_empty_folders(self.registry)
             if collect.is_swept(self.registry, done):
                 self.registry.mark_seen()
         return done

@@ -304,10 +304,18 @@ def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, .
     due = tuple(each for each in due if each.kind != "quarantine" or not _lives(each, registry))
     done = tuple(clear(each, registry) for each in (*due, *(strays(registry) if new else ())))
     if new:
-        cgroup.remove_lost_folders(registry.folder)
+        remove_empty_folders(registry)
     if is_swept(registry, done):
         registry.mark_seen()
     return done
+
+
+def remove_empty_folders(registry: Registry) -> None:
+    """Remove folders of cgroups with nothing in them: those of lost state folders, and our own without domains."""
+    cgroup.remove_lost_folders(registry.folder)
+    with registry.locked():  # a start reserves its entry under it, so none is about to make its cgroup in there
+        if not registry.domids():
+            cgroup.remove_folder(os.path.dirname(registry.cgroup(0)))
 
 
 def is_swept(registry: Registry, done: tuple[Done, ...]) -> bool:

@@ -483,3 +483,12 @@ def test_guest_whose_toolstack_died_right_after_the_start_is_a_guest_like_any_ot
     assert "the text of this disk" in cli(host, "console", "--dump", "web").stdout
     cli(host, "destroy", "web")
     assert host.guests() == ()
+
+
+def test_empty_folder_of_cgroups_that_a_killed_end_left_is_removed(host: Toolstack) -> None:
+    folder = os.path.dirname(host.registry.cgroup(0))
+    os.makedirs(folder)
+    with pytest.raises(FileExistsError):
+        os.mkdir(folder)
+    assert host.gc() == ()
+    assert not os.path.exists(folder)

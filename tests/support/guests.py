@@ -31,8 +31,8 @@ _STEP = 40
 _SLOTS = 10
 
 
-def _own_slot() -> tuple[socket.socket | None, int]:
-    """Take one of the ranges of domids, so that runs of the tests beside each other share none."""
+def _own_slot() -> int:
+    """Take one of the ranges of domids until this process ends, so that runs of the tests side by side share none."""
     for slot in range(_SLOTS):
         held = socket.socket(socket.AF_UNIX)
         try:
@@ -40,12 +40,12 @@ def _own_slot() -> tuple[socket.socket | None, int]:
         except OSError:
             held.close()
             continue
-        return held, slot
-    return None, 0
+        held.detach()
+        return slot
+    return 0
 
 
-_held, _slot = _own_slot()  # until this process ends
-FIRST_DOMID = 20000 + _slot * 900
+FIRST_DOMID = 20000 + _own_slot() * 900
 DOMIDS = range(FIRST_DOMID, FIRST_DOMID + 900)
 _bases = itertools.cycle(range(FIRST_DOMID, FIRST_DOMID + 900 - _STEP, _STEP))
 PATIENCE_S = 60.0

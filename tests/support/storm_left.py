@@ -54,6 +54,7 @@ class Ground:
         self._before = set(_host())
         self._spaces = set(_namespaces())
         self._fds = set(_fds())
+        self._tops = _tops()
 
     def keep_descriptors(self) -> None:
         """Take the descriptors that this process has by now as its own."""
@@ -102,6 +103,10 @@ class Ground:
                         if int(name) not in wanted:
                             yield f"cgroup {folder}/{name}"
         yield from (f"missing: the cgroup of domain {domid}" for domid in wanted - found)
+        if not alive:  # the registry's folder goes with its last domain
+            have = os.stat(self._state)
+            ends = f"-{have.st_dev:x}-{have.st_ino:x}"
+            yield from (f"cgroup {path}" for path in _tops() - self._tops if path.endswith(ends))
 
     def _files(self, alive: tuple[Alive, ...]) -> Iterator[str]:
         wanted = {str(guest.domid) for guest in alive}
@@ -154,6 +159,11 @@ def _text(path: str) -> str:
 def _hierarchies() -> list[str]:
     lines = _text("/proc/self/mountinfo").splitlines()
     return [line.split()[4] for line in lines if line.partition(" - ")[2].startswith("cgroup")]
+
+
+def _tops() -> set[str]:
+    """Return what lies at the top of each cgroup hierarchy."""
+    return {f"{path}/{name}" for path in _hierarchies() for name in os.listdir(path)}
 
 
 def _host() -> Iterator[str]:
