@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import lifecycle, status
+from depriv import lifecycle, proc, status
 from depriv.durable import BusyError
 from depriv.errors import ConfigError, DeprivError, HostError, NotFoundError
 from depriv.host import CACHE_DIR, STATE_DIR
@@ -82,14 +82,16 @@ class Guest:
         """Return what the guest has written to its serial port: the last MiB of it, as it came.
 
         Raises:
+            NotFoundError: another command has ended it.
             MonitorError: QEMU does not answer, and nothing had been read from it before.
         """
         from depriv.console import Console  # noqa: PLC0415 (not on the path of create)
 
         with self._registry.locked_domain(self._entry.domid):
+            entry = self._registry.current(self._entry)
             return Console(
-                self._registry.directory(self._entry.domid),
-                lambda timeout_s: status.connect(self._entry, self._registry, timeout_s=timeout_s),
+                self._registry.directory(entry.domid),
+                lambda timeout_s: status.connect(entry, self._registry, timeout_s=timeout_s),
             ).read()
 
     def destroy(self, jail: Jail | None = None) -> None:
@@ -207,12 +209,11 @@ class Toolstack:
     def _do(self, due: Due, said: str) -> Done:
         from depriv import collect  # noqa: PLC0415 (as above)
 
-        if due.action == "clear":
+        if due.entry is None or due.action == "clear":
             return collect.clear(due, self.registry, said)
         warnings: list[str] = []
         try:
-            entry = self.registry.find(str(due.domid))
-            new = lifecycle.restart(entry, self.registry, said, cache_dir=self._cache_dir, warn=warnings.append)
+            new = lifecycle.restart(due.entry, self.registry, said, cache_dir=self._cache_dir, warn=warnings.append)
         except NotFoundError as error:
             return collect.outcome(due, "gone", cause=str(error))
         except BusyError as error:
@@ -274,13 +275,15 @@ def audit_process(pid: int, host: Toolstack) -> AuditReport:
     """Audit any process of this host: against what was written down if it is a domain's QEMU, else as any QEMU.
 
     Raises:
-        HostError: this is not root.
+        HostError: this is not root, or the process is a thread of the kernel.
     """
     from depriv.audit import audit  # noqa: PLC0415 (not on the path of create)
 
     for entry in host.registry.entries():
         if entry.expected is not None and entry.expected.pid == pid and host.registry.life(entry) != "dead":
             return lifecycle.audit_domain(entry, host.registry)
+    if proc.is_kernel_thread(pid):
+        raise HostError(f"process {pid} is a thread of the kernel, not a QEMU", fix="find those with: pgrep -a qemu")
     return audit(pid, expected=None)
 
 

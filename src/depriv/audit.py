@@ -131,17 +131,17 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     living: list[tuple[int, dict[str, str]]] = []
     for tid in proc.threads(pid):
         try:
-            status = proc.read_status(pid, tid)
+            status, ending = proc.read_status(pid, tid), proc.is_ending(pid, tid)
         except ProcessLookupError:
             continue
-        if status["State"][0] not in proc.DEAD:
+        if status["State"][0] not in proc.DEAD and not ending:
             living.append((tid, status))
     if not living:
         raise ProcessLookupError
     first, *rest = [tid for tid, _ in living]
     fds = proc.fds(pid, first)
     spaces = {name: {ino} for name, ino in proc.namespaces(pid, first).items()}
-    groups = [proc.cgroups(pid, first)]
+    groups = [_cgroups(pid, first)]
     places = {proc.places(pid, first)}
     scheduling = {proc.scheduling(pid, first)}
     drawn = proc.sketch(pid, first)
@@ -149,7 +149,7 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
         try:
             for name, ino in proc.namespaces(pid, tid).items():
                 spaces.setdefault(name, set()).add(ino)
-            groups.append(proc.cgroups(pid, tid))
+            groups.append(_cgroups(pid, tid))
             places.add(proc.places(pid, tid))
             scheduling.add(proc.scheduling(pid, tid))
             # clone(2) without CLONE_FILES makes a thread with a table of its own.
@@ -181,6 +181,17 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
         oom_score_adj=proc.oom_score_adj(pid),
         held_elsewhere=_held_elsewhere(pid, strange),
     )
+
+
+def _cgroups(pid: int, tid: int) -> dict[str, str]:
+    """Return the cgroups of a thread, or raise ``ProcessLookupError`` if it is just ending.
+
+    Then it is shown in the root of every hierarchy of version 1. Source: proc_cgroup_show in kernel/cgroup/cgroup.c.
+    """
+    found = proc.cgroups(pid, tid)
+    if proc.is_ending(pid, tid):
+        raise ProcessLookupError
+    return found
 
 
 def _accepted(pid: int, strange: tuple[proc.OpenFd, ...], grants: tuple[Grant, ...]) -> frozenset[int]:
@@ -459,8 +470,11 @@ def _environ(facts: _Facts, expected: Expected) -> Check:
 
 
 def _cgroup(facts: _Facts, expected: Expected) -> Check:
-    """Every thread is in the cgroup, in the unified hierarchy or in one of version 1 where that is what is used."""
-    inside = all(expected.cgroup in groups.values() for groups in facts.cgroups)
+    """Every thread is in the cgroup, in the unified hierarchy or in one of version 1 where that is what is used.
+
+    In a container its path may begin with that of the container's. Its name is that of no other.
+    """
+    inside = all(any(path.endswith(expected.cgroup or "/") for path in groups.values()) for groups in facts.cgroups)
     have = sorted({path for groups in facts.cgroups for path in groups.values()})
     return _check("cgroup", expected.cgroup, expected.cgroup if inside else " ".join(have), holds=inside)
 

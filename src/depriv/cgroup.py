@@ -10,6 +10,7 @@ the same path in another mount namespace) for leftovers of his own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -19,6 +20,8 @@ from depriv.text import digest
 
 PREFIX = "depriv"
 END_TIMEOUT_S = 10.0
+_TOP = "/sys/fs/cgroup"
+_PLACES = ((_TOP, 2), (f"{_TOP}/unified", 2), (f"{_TOP}/pids", 1), (f"{_TOP}/freezer", 1))
 _SIGKILL = 9
 
 
@@ -28,23 +31,43 @@ class Leaf(Record):
     path: str
     folder: str  # name of the registry's folder it lies in
     domid: int
+    version: int
 
 
-def find_cgroup() -> tuple[str, int]:
-    """Return where cgroups are made and the version: the v2 hierarchy if one is mounted, else a v1 one.
+def hierarchies() -> tuple[tuple[str, int], ...]:
+    """Return where cgroups can be made and the version, the one to use first: v2, else v1's pids, else its freezer.
 
-    "" if there is none. See cgroups(7).
+    The freezer last: what is frozen there does not die. Usual places are tried first, as listing mounts takes the
+    kernel 2 us for each, and a host may have thousands of them. See cgroups(7), file-hierarchy of systemd.
     """
-    v1 = ""
+    usual = tuple(place for place in _PLACES if _is_cgroup(*place))
+    return usual or tuple(place for place in _mounted() if _is_cgroup(*place))
+
+
+def _is_cgroup(path: str, version: int) -> bool:
+    """Tell what a directory is by its files, which also tells whether a mount is hidden below another one."""
+    # cgroup.controllers is in every group of version 2 (Linux 4.5) and in none of version 1.
+    return os.path.exists(f"{path}/cgroup.procs") and os.path.exists(f"{path}/cgroup.controllers") == (version == 2)
+
+
+def _mounted() -> list[tuple[str, int]]:
+    """Return what is mounted, best first. Source: proc_pid_mountinfo(5)."""
+    found: list[tuple[int, str, int]] = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             left, _, right = line.partition(" - ")
-            kind, _, options = right.partition(" ")
+            kind, *_, options = right.split()
             if kind == "cgroup2":
-                return left.split()[4], 2
-            if kind == "cgroup" and not v1 and {"pids", "freezer"} & set(options.split()[-1].split(",")):
-                v1 = left.split()[4]
-    return v1, 1
+                found.append((0, left.split()[4], 2))
+            elif kind == "cgroup":
+                ranks = [rank for rank, name in ((1, "pids"), (2, "freezer")) if name in options.split(",")]
+                found += [(rank, left.split()[4], 1) for rank in ranks]
+    return [(path, version) for _, path, version in sorted(found)]
+
+
+def find_cgroup() -> tuple[str, int]:
+    """Return where cgroups are made and the version; "" if there is no hierarchy."""
+    return next(iter(hierarchies()), ("", 1))
 
 
 def folder_name(state_dir: str) -> str:
@@ -62,16 +85,16 @@ def _stem(state_dir: str) -> str:
 
 
 def leaves() -> tuple[Leaf, ...]:
-    """Return the cgroups of all domains of all registries of this host."""
-    top = find_cgroup()[0]
+    """Return the cgroups of all domains of all registries of this host, in whichever hierarchy they were made."""
     found: list[Leaf] = []
-    for folder in _names(top) if top else ():
-        if folder.startswith(f"{PREFIX}-"):
-            found += [
-                Leaf(path=f"{top}/{folder}/{name}", folder=folder, domid=int(name))
-                for name in _names(f"{top}/{folder}")
-                if name.isascii() and name.isdecimal()
-            ]
+    for top, version in hierarchies():
+        for folder in _names(top):
+            if folder.startswith(f"{PREFIX}-"):
+                found += [
+                    Leaf(path=f"{top}/{folder}/{name}", folder=folder, domid=int(name), version=version)
+                    for name in _names(f"{top}/{folder}")
+                    if name.isascii() and name.isdecimal()
+                ]
     return tuple(found)
 
 
@@ -81,20 +104,29 @@ def lost_folders(state_dir: str) -> tuple[str, ...]:
     "Nowhere" is asked of every mount namespace, since another may have a folder of its own at the same path.
     From within a container's pid namespace not all can be asked; what may be somebody else's is left alone.
     """
-    top, own, stem = find_cgroup()[0], folder_name(state_dir), _stem(state_dir)
-    others = [name for name in (_names(top) if top else ()) if name.startswith(stem) and name != own]
+    own, stem = folder_name(state_dir), _stem(state_dir)
+    names = {name for top, _ in hierarchies() for name in _names(top)}
+    others = [name for name in sorted(names) if name.startswith(stem) and name != own]
     if not others:
         return ()
     alive = {f"{stem}{dev:x}-{ino:x}" for dev, ino in _everywhere(state_dir)}
-    # Processes that are not to be seen from here show as 0: then neither is the registry, which may well be alive.
-    alive |= {leaf.folder for leaf in leaves() if leaf.folder in others and 0 in _numbers(leaf.path)}
+    # Where processes are not to be seen from here, neither is the registry, which may well be alive.
+    alive |= {leaf.folder for leaf in leaves() if leaf.folder in others and _holds_unseen(leaf)}
     return tuple(name for name in others if name not in alive)
+
+
+def _holds_unseen(leaf: Leaf) -> bool:
+    """Tell whether there are processes of other pid namespaces: v2 shows them as 0; v1 leaves them out, but counts."""
+    if leaf.version == 1:
+        return not _numbers(leaf.path) and sum(_numbers(leaf.path, "pids.current")) > 0
+    return has_unseen(leaf.path)
 
 
 def remove_lost_folders(state_dir: str) -> None:
     """Remove the folders, empty by now, that a registry at this path left behind."""
     for name in lost_folders(state_dir):
-        remove_folder(f"{find_cgroup()[0]}/{name}")
+        for top, _ in hierarchies():
+            remove_folder(f"{top}/{name}")
 
 
 def _everywhere(path: str) -> set[tuple[int, int]]:
@@ -116,12 +148,19 @@ def members(path: str) -> tuple[int, ...]:
     return tuple(pid for pid in _numbers(path) if pid > 0) if path else ()
 
 
-def _numbers(path: str) -> tuple[int, ...]:
+def has_unseen(path: str) -> bool:
+    """Tell whether processes of other pid namespaces are in a cgroup of version 2, which shows them as 0."""
+    return bool(path) and 0 in _numbers(path)
+
+
+def _numbers(path: str, name: str = "cgroup.procs") -> tuple[int, ...]:
     try:
-        with open(f"{path}/cgroup.procs", encoding="ascii") as file:
+        with open(f"{path}/{name}", encoding="ascii") as file:
             return tuple(int(line) for line in file)
-    except OSError:  # none, or ENODEV: removed while it was open
-        return ()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):  # none, or removed while it was open
+            return ()
+        raise  # what cannot be read is not empty
 
 
 def kill_cgroup(path: str) -> None:
@@ -138,8 +177,10 @@ def kill_cgroup(path: str) -> None:
         return
     except (FileNotFoundError, PermissionError):
         pass
-    except OSError:  # ENODEV: it was removed, so nothing was in it
-        return
+    except OSError as error:
+        if error.errno == errno.ENODEV:  # it was removed, so nothing was in it
+            return
+        raise
     deadline = time.monotonic() + END_TIMEOUT_S
     sent: set[int] = set()
     while (pids := set(members(path)) - sent) and time.monotonic() < deadline:
@@ -171,6 +212,11 @@ def remove_cgroup(path: str, *, timeout_s: float = END_TIMEOUT_S) -> None:
                 raise HostError(f"cannot remove cgroup {path}", cause=f"in it: process {pids or 'unknown'}") from error
         kill_cgroup(path)  # again: somebody may have joined after the first time
         time.sleep(0.001)
+
+
+def is_visible(path: str) -> bool:
+    """Tell whether the hierarchy of a domain's cgroup is mounted here, whether or not that still exists."""
+    return os.path.exists(f"{os.path.dirname(os.path.dirname(path))}/cgroup.procs")
 
 
 def remove_folder(path: str) -> None:

@@ -10,14 +10,17 @@ import time
 
 _BEGAN = time.monotonic()  # first of all: what is counted is the rest of the imports, too
 
-import argparse  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
+try:
+    import argparse
+    import io
+    import json
+    import os
+    import sys
 
-from depriv.errors import ConfigError, DeprivError, HostError, render  # noqa: E402
-from depriv.text import one_line  # noqa: E402
+    from depriv.errors import ConfigError, DeprivError, HostError, render
+    from depriv.text import one_line
+except KeyboardInterrupt:  # these take most of the time until `run`, and a traceback tells an administrator nothing
+    raise SystemExit(130) from None
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser(words[0] if words else "").parse_args(words)
         act: Callable[[argparse.Namespace], int] = arguments.act
         status = act(arguments)
-        sys.stdout.flush()
+        _flush()
         return status
     except DeprivError as error:
         print(render(error), file=sys.stderr)
@@ -51,6 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _flush() -> None:
+    """Write what is left of the answer.
+
+    Raises:
+        HostError: it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fix = "what was asked for has been done; depriv list shows how things are"
+        raise HostError("cannot write the answer to standard output", fix=fix) from error
+
+
 def run() -> None:
     """Be the program: run, flush, and leave without taking the interpreter apart, which takes longer than an audit."""
     _have_streams()
@@ -60,6 +78,8 @@ def run() -> None:
         sys.stderr.flush()
     except BrokenPipeError:
         status = 0
+    except KeyboardInterrupt:
+        status = 130
     except OSError:  # standard error cannot be written, and there is nobody else to tell
         status = HostError.exit_status
     os._exit(status)
@@ -85,7 +105,8 @@ def _have_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as above)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # Not at once, whatever PYTHONUNBUFFERED says: an answer that cannot be written is met in one place.
+            stream.reconfigure(errors="backslashreplace", write_through=False)
 
 
 def parser(verb: str = "") -> argparse.ArgumentParser:

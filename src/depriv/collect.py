@@ -44,6 +44,7 @@ class Due(Record):
     name: str = ""
     path: str = ""  # of a cgroup or file
     uid: int = 0  # of processes
+    entry: Entry | None = None  # of the domain, as it was when this was found: what comes later is not due
 
 
 class Done(Record):
@@ -106,7 +107,7 @@ def of_entry(entry: Entry, registry: Registry, said: str, *, restart: bool) -> D
         case "ending":
             what = "its end was cut short"
         case "quarantined":
-            kind, what = "quarantine", f"did not die before: {entry.trouble}"
+            kind, what = "quarantine", "something of it did not die before"
         case "damaged":
             what = "" if registry.life(entry) == "running" else f"its entry cannot be read: {entry.trouble}"
         case "waiting" if _has_successor(entry, registry):
@@ -119,7 +120,7 @@ def of_entry(entry: Entry, registry: Registry, said: str, *, restart: bool) -> D
                 what = ""
     if not what:
         return None
-    return Due(kind=kind, action=action, what=what, domid=entry.domid, name=entry.name, uid=entry.uid)
+    return Due(kind=kind, action=action, what=what, domid=entry.domid, name=entry.name, uid=entry.uid, entry=entry)
 
 
 def _of_running(entry: Entry, registry: Registry, said: str) -> tuple[str, str]:
@@ -190,7 +191,7 @@ def strays(registry: Registry) -> tuple[Due, ...]:
     uids: dict[int, list[int]] = {}
     for process in proc.processes():
         for uid in {*process.uids} - known:
-            if base.uid < uid < base.uid + RANGE_COUNT:
+            if base.uid < uid < base.uid + RANGE_COUNT and not _has_domain(process.pid):
                 uids.setdefault(uid, []).append(process.pid)
     return tuple(
         Due(
@@ -205,8 +206,23 @@ def strays(registry: Registry) -> tuple[Due, ...]:
     )
 
 
+def _has_domain(pid: int) -> bool:
+    """Tell whether a process is in a domain's cgroup, of whichever registry.
+
+    ``cgroup.leaves`` finds those of the hierarchy that is mounted here; where a guest was started it may be another.
+    """
+    try:
+        paths = [path.split("/") for path in proc.cgroups(pid).values()]
+    except (ProcessLookupError, PermissionError):
+        return False
+    return any(len(path) > 1 and path[-2].startswith(f"{cgroup.PREFIX}-") and path[-1].isdecimal() for path in paths)
+
+
 def clear(due: Due, registry: Registry, said: str = "") -> Done:
-    """Do one thing that is due, but for restarts. Raises nothing: what is not done is said, and can be tried again."""
+    """Do one thing that is due, but for restarts. Raises nothing: what is not done is said, and can be tried again.
+
+    ``said`` is what the QEMU of ``due.entry`` answered; it is held against no other.
+    """
     try:
         match due.kind:
             case "file":
@@ -225,16 +241,16 @@ def clear(due: Due, registry: Registry, said: str = "") -> Done:
 
 
 def _clear_domain(due: Due, registry: Registry, said: str) -> Done:
-    if not due.name:
+    if due.entry is None:
         with registry.locked():
             if due.domid not in registry.empty_folders():
                 return outcome(due, "gone", cause="another command is starting it")
             registry.remove(due.domid, used=False)
         return outcome(due, "done")
     with registry.locked_domain(due.domid, timeout_s=_LOCK_TIMEOUT_S), Jail() as jail:
-        now = registry.read(due.domid)
+        now = registry.current(due.entry)
         # A start holds that lock until it is over, so one that is found here was cut short, even if its program lives.
-        if now is None or (now.state != "starting" and of_entry(now, registry, said, restart=False) is None):
+        if now.state != "starting" and of_entry(now, registry, said, restart=False) is None:
             return outcome(due, "gone", cause="another command has seen to it")
         if now.state == "starting" and not now.uid:
             forget(now, registry)  # nothing of it was ever made
@@ -284,12 +300,14 @@ def _is_left(due: Due) -> bool:
     if due.path:
         return os.path.isdir(due.path)
     mine = any(leaf.domid == due.domid for leaf in cgroup.leaves())  # by now a guest's of another registry
-    return not mine and bool(proc.processes_of(uid=due.uid))
+    left = proc.processes_of(uid=due.uid)
+    return not mine and bool(left) and not any(_has_domain(process.pid) for process in left)
 
 
 def cause_of(error: DeprivError) -> str:
     """Return what went wrong and why, on one line."""
-    return f"{error}: {error.cause or error.__cause__ or ''}".rstrip(": ")
+    # Not the place: what is started again comes from the entry, and the file may say something else by now.
+    return f"{error.what}: {error.cause or error.__cause__ or ''}".rstrip(": ")
 
 
 def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, ...]:

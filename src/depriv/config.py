@@ -165,11 +165,17 @@ class Domain(Checked):
     source: str = ""  # the file's name, for messages; "" for a Python program
     places: tuple[tuple[str, str, int, int, str], ...] = ()  # key or vdev, file, line, column, the line: for messages
 
+    def _check_name(self) -> None:
+        """Refuse a name that is not possible, or that a command would take for a domid."""
+        if not 0 < len(self.name) <= _NAME_MAX or self.name.strip(_NAME_CHARACTERS) or self.name[0] in "-.":
+            self.refuse("name", f"give 1 to {_NAME_MAX} letters, digits and ._+-, the first not - or .")
+        if self.name.isdecimal():
+            self.refuse("name", "put a letter in it: commands take a number for a domid")
+
     def validate(self) -> None:
         """Refuse what no file could have said, before it is asked of the host or put on QEMU's command line."""
         super().validate()
-        if not 0 < len(self.name) <= _NAME_MAX or self.name.strip(_NAME_CHARACTERS) or self.name[0] in "-.":
-            self.refuse("name", f"give 1 to {_NAME_MAX} letters, digits and ._+-, the first not - or .")
+        self._check_name()
         for name in ("memory_mib", "vcpus"):
             if getattr(self, name) < 1:
                 self.refuse(name, "give at least 1")

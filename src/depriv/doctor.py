@@ -177,7 +177,7 @@ def find_cgroup(proc: str) -> tuple[Finding, ...]:
     """Tell which cgroup hierarchy can hold and limit a device model. Source: cgroups(7), proc_pid_mountinfo(5)."""
     version_2, version_1 = _cgroup_mounts(_read(f"{proc}/self/mountinfo"))
     legacy = [name for name in ("pids", "freezer", "memory") if name in version_1]
-    if not version_2 and not legacy:
+    if not version_2 and not {"pids", "freezer"} & version_1:
         fix = "mount -t cgroup2 none /sys/fs/cgroup"
         return (Finding(id="cgroup", ok=False, have="no hierarchy is mounted", fix=fix),)
     have = [f"version 2 at {version_2}"] if version_2 else []

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOCK_TIMEOUT_S = 10.0
 _BYTES_MAX = 1 << 20
+_OUR_OWN_WANT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing about the file
 _ROOM_FIX = "see that it is writable and has room: df -h /run"
 
 
@@ -37,10 +38,12 @@ def write(paths: tuple[str, ...], data: dict[str, Any]) -> None:
     """Replace files by the same content, each whole: written beside, synced, renamed, in the order given.
 
     Raises:
-        HostError: there is no room, or the file system is read-only. Each file is as it was, or new; none is after one
-            that is as it was.
+        HostError: there is no room, the file system is read-only, or it is too much to be read again. Each file is as
+            it was, or new; none is after one that is as it was.
     """
     text = json.dumps(data).encode()
+    if len(text) > _BYTES_MAX:
+        raise HostError(f"cannot write {paths[-1]}", cause=f"it would have {len(text)} bytes, and nobody would read it")
     made: list[tuple[str, str]] = []
     try:
         for path in paths:
@@ -67,7 +70,7 @@ def load(path: str) -> dict[str, Any] | None:
 
     Raises:
         DamagedError: the file is none that we wrote.
-        HostError: this is not root.
+        HostError: this is not root, or has no descriptor or memory to spare.
     """
     try:
         # Not to be led elsewhere by a link, nor to wait for the other end of a FIFO.
@@ -77,6 +80,8 @@ def load(path: str) -> dict[str, Any] | None:
     except PermissionError as error:
         raise HostError(f"cannot read {path}", fix="run this as root") from error
     except OSError as error:
+        if error.errno in _OUR_OWN_WANT:
+            raise HostError(f"cannot read {path}", fix="close files, or raise the limit: ulimit -n") from error
         raise DamagedError(f"cannot read {path}") from error
     try:
         return _parsed(fd)
@@ -129,7 +134,7 @@ def locked(path: str, what: str, *, timeout_s: float | None = None) -> Generator
                     fix=fix,
                 )
             time.sleep(0.005)
-        if os.fstat(fd).st_nlink == 0:
+        if not _is_at(fd, path):
             raise NotFoundError(f"{what} is gone: it was removed meanwhile", fix="see depriv list")
         yield
     finally:
@@ -169,6 +174,15 @@ def _open_lock(path: str, what: str) -> int:
         os.close(fd)
         raise HostError(f"cannot lock {what}", cause=f"{path} is no regular file", fix=f"rm {path}")
     return fd
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Tell whether an open file is what its path leads to: its folder may have been moved away, to be removed."""
+    try:
+        have = os.lstat(path)
+    except OSError:
+        return False
+    return os.path.samestat(have, os.fstat(fd))
 
 
 def _try_lock(fd: int) -> bool:

@@ -8,7 +8,7 @@ import os
 import time
 
 from depriv import cgroup, proc
-from depriv.errors import DeprivError, HostError, NotFoundError
+from depriv.errors import DeprivError, HostError
 from depriv.spawn import Jail
 from depriv.steps import Plan, Reap
 
@@ -34,10 +34,13 @@ def destroy(entry: Entry, registry: Registry, jail: Jail | None = None) -> None:
     """
     with jail or Jail() as ready:
         if entry.expected is not None:
-            with contextlib.suppress(HostError, NotFoundError):  # or else a watcher may start it again
+            registry.current(entry)
+            with contextlib.suppress(HostError):  # or else a watcher may start it again
                 registry.note_end(entry.domid, "host")
-            # Before the lock: whoever holds it may be waiting for this very QEMU. A start is left to its end.
-            kill(entry, registry)
+            # Before the lock: whoever holds it may be waiting for this very QEMU. A start is left to its end. Not by
+            # its cgroup: without the lock its name may come to mean that of the next domain with this domid.
+            if entry.boot_id == registry.boot_id:
+                kill_process(entry.expected.pid, entry.expected.starttime)
         with registry.locked_domain(entry.domid):
             finish(registry.current(entry), registry, ready)
 
@@ -92,6 +95,7 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
         _await_end(entry.jail_pid, entry.jail_starttime, "the jail", wait_s)
     kill(entry, registry)
     if not entry.shared and entry.uid >= _UID_MIN:
+        _refuse_anothers(entry, registry)
         reap = Reap(
             uid=entry.uid,
             gid=entry.gid,
@@ -104,7 +108,29 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
     if entry.expected is not None and entry.boot_id == registry.boot_id:
         # Process 1 of a pid namespace is wholly dead only when everything in it is. See pid_namespaces(7).
         _await_end(entry.expected.pid, entry.expected.starttime, "QEMU", wait_s)
+    if entry.shared and entry.cgroup and not cgroup.is_visible(entry.cgroup):
+        raise HostError(f"cannot see what is in cgroup {entry.cgroup}", fix="run this where that hierarchy is mounted")
     cgroup.remove_cgroup(entry.cgroup, timeout_s=wait_s)
+
+
+def _refuse_anothers(entry: Entry, registry: Registry) -> None:
+    """See that nobody in a domain of another registry has the uid that is about to be killed.
+
+    Those share the range, and know of each other by their cgroups alone: of an entry that is left from an earlier boot,
+    or whose cgroup was never made, another registry cannot know that its domid is taken.
+
+    Raises:
+        HostError: somebody has.
+    """
+    own = cgroup.folder_name(registry.folder)
+    for leaf in cgroup.leaves():
+        if leaf.folder == own or leaf.path == entry.cgroup:
+            continue
+        for pid in cgroup.members(leaf.path):
+            with contextlib.suppress(ProcessLookupError):
+                if str(entry.uid) in proc.read_status(pid)["Uid"].split():
+                    fix = "end that domain first; use one state folder for a host"
+                    raise HostError(f"uid {entry.uid} is by now that of process {pid} in {leaf.path}", fix=fix)
 
 
 def kill(entry: Entry, registry: Registry) -> None:

@@ -53,3 +53,14 @@ def _is_traced(line: bytes) -> bool:
     """Tell whether a line is one of the thousand that a dry run asks for, not something that QEMU has to say."""
     head, tab, _ = line.partition(b":\t")  # ld.so(8), LD_DEBUG: "%9d:\t"
     return line.startswith(b"load_file ") or (bool(tab) and head.strip().isdigit())
+
+
+def start_fix(said: str) -> str:
+    """Return what to do about the messages of QEMU that users meet."""
+    if "invalid option" in said or "not a valid" in said or "There is no option group 'sandbox'" in said:
+        return "this QEMU lacks what depriv needs (see the message above): install QEMU 7.2 or later, with seccomp"
+    if "-sandbox support is not enabled" in said or "seccomp" in said:
+        return "this QEMU was built without seccomp: install one that has it (Debian's has)"
+    if '"write" lock' in said or '"consistent read" lock' in said:
+        return "another process has the image open; find it with: fuser -v IMAGE"
+    return ""

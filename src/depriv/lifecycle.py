@@ -19,7 +19,7 @@ from depriv.detect import look
 from depriv.ending import end_processes, finish, forget, quarantine
 from depriv.entry import Entry
 from depriv.errors import DeprivError, HostError, JailError, MonitorError, NotFoundError, PlanError
-from depriv.guestlog import Log
+from depriv.guestlog import Log, start_fix
 from depriv.planner import plan, plan_discovery, refuse_name
 from depriv.policy import restarts_after
 from depriv.report import Expected, Grant, Limit
@@ -162,7 +162,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
             for text in launch.warnings:
                 warn(text)
             if config.dm_restrict:
-                runtime.ensure(launch, lambda: _discover(plan_discovery(config, host)))
+                runtime.ensure(launch, lambda: _discover(plan_discovery(config, host), entry, registry))
             times.append(("runtime", time.monotonic()))
             entry, report = _launch(launch, entry, registry, jail, paused=paused, times=times)
             if instead is not None:
@@ -239,8 +239,8 @@ def _committed(entry: Entry, launch: Launch) -> Entry:
 def restart(entry: Entry, registry: Registry, said: str, *, cache_dir: str, warn: Callable[[str], None]) -> Entry:
     """End a domain that has ended by itself and start it again from what it was started from, as a new domain.
 
-    Until the new one runs, the old one stays listed as "waiting", with the reason if the new one does not start: no
-    configuration is lost. It stays locked meanwhile.
+    Until the new one runs, the old one stays listed as "waiting", with the reason if the new one does not start. It
+    stays locked meanwhile. One of which something does not die is quarantined instead, and not started again.
 
     Args:
         entry: The old one.
@@ -266,7 +266,12 @@ def restart(entry: Entry, registry: Registry, said: str, *, cache_dir: str, warn
             kept = {f"on_{word}": "preserve" for word in ("poweroff", "reboot", "crash")}
             name = f"{entry.name[:50]}-{entry.domid}"
             registry.save(entry.replace(name=name, config={**(entry.config or {}), **kept}))
-            return create(config, registry, cache_dir=cache_dir, warn=warn, restarts=restarts).entry
+            try:
+                return create(config, registry, cache_dir=cache_dir, warn=warn, restarts=restarts).entry
+            except DeprivError:
+                with contextlib.suppress(DeprivError):
+                    registry.save(entry)  # it is due again, under its own name
+                raise
         if entry.state != "waiting":
             entry = _ended(entry, registry)
         try:
@@ -369,7 +374,7 @@ def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
         end = _how_it_ended(launched)
         if not end and not said:
             raise
-        raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=_start_fix(said)) from error
+        raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=start_fix(said)) from error
 
 
 def _refuse_lockless(log: Log) -> None:
@@ -391,26 +396,21 @@ def _how_it_ended(launched: Launched) -> str:
     return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"
 
 
-def _start_fix(said: str) -> str:
-    """Return what to do about the messages of QEMU that users meet."""
-    if "invalid option" in said or "not a valid" in said or "There is no option group 'sandbox'" in said:
-        return "this QEMU lacks what depriv needs (see the message above): install QEMU 7.2 or later, with seccomp"
-    if "-sandbox support is not enabled" in said or "seccomp" in said:
-        return "this QEMU was built without seccomp: install one that has it (Debian's has)"
-    if '"write" lock' in said or '"consistent read" lock' in said:
-        return "another process has the image open; find it with: fuser -v IMAGE"
-    return ""
+def _discover(launch: Launch, entry: Entry, registry: Registry) -> str:
+    """Do the dry run and return what it printed. Its QEMU ends with it.
 
-
-def _discover(launch: Launch) -> str:
-    """Do the dry run and return what it printed. Its QEMU ends with it."""
+    Meanwhile its jail is the entry's: whoever undoes a start that was cut short here has to see that one dead. The
+    start's own has no plan yet, and does nothing.
+    """
     try:
         with Jail() as jail:
+            registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
             launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
             with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
                 _await_prelaunch(launch, launched, log).close()
                 return log.raw()
     finally:
+        registry.save(entry)
         for name in ("qmp", "events", "log"):
             if os.path.lexists(f"{launch.directory}/{name}"):
                 os.unlink(f"{launch.directory}/{name}")
@@ -475,7 +475,7 @@ def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
 
         return audit(main_pid(entry), expected=None, others=_others(registry, entry.domid))
     if entry.expected is None:
-        raise HostError(f"domain {entry.name} has not started", fix="wait for depriv create, or depriv destroy it")
+        raise status.without_qemu(entry, HostError)
     return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
 
 

@@ -233,7 +233,9 @@ def refuse_name(config: Domain, holdings: tuple[Holding, ...]) -> None:
         if other.name == config.name and not other.name_free:
             raise ConfigError(
                 f"a domain named {config.name!r} exists (domid {other.domid})",
-                cause="it is only just being started, or waits to be started again" if not other.uid else "",
+                cause="it is only just being started, or waits to be started again: see depriv list"
+                if not other.uid
+                else "",
                 fix=f"choose another name=, or end it: depriv destroy {config.name}",
                 **config.place("name"),
             )

@@ -107,9 +107,10 @@ def pids() -> tuple[int, ...]:
 
 
 def threads(pid: int) -> tuple[int, ...]:
-    """Return the thread ids of a process, dead ones that are not reaped included."""
+    """Return the thread ids of a process, the main thread's first, dead ones that are not reaped included."""
     try:
-        return tuple(sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")))
+        tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        return tuple(sorted(tids, key=lambda tid: tid != pid))  # numbers begin anew: its own need not be the lowest
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, "no such process", str(pid)) from error
 
@@ -133,6 +134,34 @@ def scheduling(pid: int, tid: int | None = None) -> tuple[int, int]:
     """Return policy and nice value. Source: proc_pid_stat(5), fields 41 and 19."""
     fields = _stat(pid, tid)
     return int(fields[38]), int(fields[16])
+
+
+def is_ending(pid: int, tid: int) -> bool:
+    """Return whether a thread is at its end: it runs in the kernel only, and gives back all that it had.
+
+    PF_EXITING in field 9. Source: proc_pid_stat(5), include/linux/sched.h.
+    """
+    return bool(int(_stat(pid, tid)[6]) & 0x4)
+
+
+def _refused(pid: int, tid: int | None, error: PermissionError) -> OSError:
+    """Return what a refusal means: EACCES is also the answer to who asks for a link of what ended a moment ago.
+
+    Source: proc_ns_readlink in fs/proc/namespaces.c, proc_fd_access_allowed in fs/proc/base.c (Linux 6.1).
+    """
+    try:
+        _stat(pid, tid)
+    except ProcessLookupError as gone:
+        return gone
+    return error
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Return whether a process is a thread of the kernel's own: PF_KTHREAD in field 9. Source: as for ``is_ending``."""
+    try:
+        return bool(int(_stat(pid)[6]) & 0x200000)
+    except ProcessLookupError:
+        return False
 
 
 def personality(pid: int, tid: int | None = None) -> int:
@@ -193,6 +222,8 @@ def namespaces(pid: int, tid: int | None = None) -> dict[str, int]:
             text = os.readlink(base + name)
         except FileNotFoundError:
             continue
+        except PermissionError as error:
+            raise _refused(pid, tid, error) from error
         found[name] = int(text[text.index("[") + 1 : -1])
     if not found:
         raise ProcessLookupError(2, "no such process", base)
@@ -268,6 +299,8 @@ def places(pid: int, tid: int | None = None) -> tuple[tuple[int, int], ...]:
         found = [os.stat(base + name) for name in ("/root", "/cwd", "/root/..")]
     except FileNotFoundError as error:
         raise ProcessLookupError(error.errno, "no such process", base) from error
+    except PermissionError as error:
+        raise _refused(pid, tid, error) from error
     return tuple((each.st_dev, each.st_ino) for each in found)
 
 
@@ -285,6 +318,8 @@ def sketch(pid: int, tid: int | None = None) -> frozenset[tuple[int, int, int, s
             file, link = os.stat(f"{base}/{number}"), os.lstat(f"{base}/{number}")
         except (FileNotFoundError, ProcessLookupError):
             continue
+        except PermissionError as error:
+            raise _refused(pid, tid, error) from error
         found.add((number, file.st_dev, file.st_ino, _access(link)))
     return frozenset(found)
 
@@ -307,6 +342,8 @@ def fds(pid: int, tid: int | None = None) -> tuple[OpenFd, ...]:
             info = _read(f"{base}/fdinfo/{number}").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
+        except PermissionError as error:
+            raise _refused(pid, tid, error) from error
         lines = [line.partition(":\t") for line in info.split("\n")]
         found.append(
             OpenFd(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REUSE_DELAY_S = 60  # libxl's LIBXL_DOMID_REUSE_TIMEOUT
 _COPY, _STATE = "state.copy", "state.json"  # the copy first: what is read first is never the older one
+_FILES = ("boot", "ended", "history.json", _COPY, _STATE)  # all that is written here
 _GONE = "gone-"  # a domain's folder on its way out
 ENDS = ("poweroff", "reboot", "crash", "host")
 
@@ -45,9 +46,9 @@ class Registry:
         return f"{self.folder}/domains/{domid}"
 
     def cgroup(self, domid: int) -> str:
-        """Return a domain's cgroup; "" where there are none."""
-        top = cgroup.find_cgroup()[0]
-        return f"{top}/{cgroup.folder_name(self.folder)}/{domid}" if top else ""
+        """Return a domain's cgroup, in the hierarchy where it is or would be made; "" where there are none."""
+        paths = [f"{top}/{cgroup.folder_name(self.folder)}/{domid}" for top, _ in cgroup.hierarchies()]
+        return next(filter(os.path.isdir, paths), paths[0] if paths else "")
 
     def prepare(self) -> None:
         """Make the folders, and see that they are root's alone.
@@ -64,12 +65,18 @@ class Registry:
                     raise HostError(
                         f"{path} is not a folder of root's alone",
                         cause=f"owner {have.st_uid}, mode {have.st_mode & 0o7777:04o}",
-                        fix=f"see who made it, then: rm -r {path}",
+                        fix=self._fix(path),
                     )
         except OSError as error:
-            raise HostError(
-                f"cannot use {self.folder}", fix="run this as root, on a host where /run is writable"
-            ) from error
+            fix = f"run this as root, where {os.path.dirname(self.folder)} is a folder that can be written to"
+            raise HostError(f"cannot use {self.folder}", fix=fix) from error
+
+    def _fix(self, path: str) -> str:
+        """Return what to do about a folder that is not root's alone. Never to remove it: guests may be in there."""
+        if self.folder != STATE_DIR:
+            return "name a folder that is depriv's own (DEPRIV_STATE_DIR), or one that is not there yet"
+        own = f"chown root: {path}; chmod 700 {path}"
+        return f"run this as root, and see what it is: ls -la {path}\nif it is depriv's: {own}"
 
     @property
     def is_new(self) -> bool:
@@ -111,7 +118,7 @@ class Registry:
         folders = [self.folder, *(self.directory(domid) for domid in self.domids())]
         for folder in folders:
             with contextlib.suppress(OSError):
-                found += [f"{folder}/{name}" for name in os.listdir(folder) if durable.is_beside(name)]
+                found += [f"{folder}/{name}" for name in os.listdir(folder) if _is_half_written(name)]
         return tuple(found)
 
     def _names(self) -> list[str]:
@@ -119,6 +126,8 @@ class Registry:
             return os.listdir(f"{self.folder}/domains")
         except FileNotFoundError:
             return []
+        except NotADirectoryError as error:
+            raise HostError(f"cannot use {self.folder}", fix=self._fix(self.folder)) from error
         except PermissionError as error:
             raise HostError(f"cannot read {self.folder}", fix="run this as root") from error
 
@@ -178,7 +187,7 @@ class Registry:
             NotFoundError: another command has ended the domain meanwhile.
         """
         now = self.read(entry.domid)
-        if now is None or not (now.same_life(entry) or "damaged" in (now.state, entry.state)):
+        if now is None or not (now.same_life(entry) or now.state == "damaged"):
             raise NotFoundError(f"domain {entry.name} is gone: another command ended it", fix="see depriv list")
         return now
 
@@ -194,7 +203,9 @@ class Registry:
             return ""
         if entry.boot_id != self.boot_id:
             return "dead"
-        return proc.alive(entry.expected.pid, entry.expected.starttime)
+        alive = proc.alive(entry.expected.pid, entry.expected.starttime)
+        # From within another pid namespace, as a container's, its number says nothing; its cgroup still does.
+        return "running" if alive == "dead" and cgroup.has_unseen(entry.cgroup) else alive
 
     def is_starting(self, entry: Entry) -> bool:
         """Tell whether the command that starts a domain is still at it: it holds the domain's lock till the end."""
@@ -343,6 +354,11 @@ def _loaded(path: str, domid: int) -> Entry | None:
     if entry.domid != domid:  # or ending the one would end the other
         raise durable.DamagedError(f"{path} is misplaced", cause=f"it is of domain {entry.domid}")
     return entry
+
+
+def _is_half_written(name: str) -> bool:
+    """Tell whether a file is what a write of ours that was cut short has left. Others may be called NAME.NUMBER too."""
+    return durable.is_beside(name) and name.rsplit(".", 2)[0] in _FILES
 
 
 def _which(path: str) -> tuple[int, int, int]:

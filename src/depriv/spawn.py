@@ -197,7 +197,8 @@ _FIXES = {
     ("execute", 13): "see that everybody may enter the folders above it, and that they are not mounted noexec",
     ("open", 16): "the host uses this device, or a part of it (mount, swap, LVM); give the guest one of its own",
     ("execute", 8): "it is not a program for this processor",
-    ("kill every process", 16): "a process of this uid does not die (uninterruptible sleep?); look for it with ps -U",
+    ("kill every process", 16): "see what it waits for: ps -o pid,stat,wchan:30,args -U {uid} -G {uid}\n"
+    "its ids are kept from use until it is gone; then: depriv gc",
     ("kill every process", 110): "wait for the other command to end",
 }
 
@@ -205,5 +206,5 @@ _FIXES = {
 def _fix(step: str, errno: int) -> str:
     for (start, number), fix in _FIXES.items():
         if step.startswith(start) and errno == number:
-            return fix
+            return fix.replace("{uid}", step.partition(" of uid ")[2].partition(",")[0])
     return ""

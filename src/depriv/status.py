@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from depriv.entry import Entry
+    from depriv.errors import DeprivError
     from depriv.qmp import Monitor
     from depriv.registry import Registry
 
@@ -92,13 +93,28 @@ def connect(entry: Entry, registry: Registry, *, timeout_s: float) -> Monitor:
     except ProcessLookupError:
         pidfd = -1
     if expected is None or pidfd < 0:
-        raise MonitorError(f"domain {entry.name} has no QEMU", fix=f"depriv destroy {entry.name}")
+        raise without_qemu(entry, MonitorError)
     with closing(pidfd):
         # After the pidfd was opened: its number may have become another's before.
         if proc.alive(expected.pid, expected.starttime) == "dead":
-            raise MonitorError(f"the QEMU of domain {entry.name} is dead", fix=f"depriv destroy {entry.name}")
+            raise MonitorError(f"the QEMU of domain {entry.name} is dead", fix=f"depriv destroy {entry.domid}")
         path = f"{registry.directory(entry.domid)}/qmp"
         return Monitor.connect(path, timeout_s=timeout_s, netns_of=pidfd if entry.restricted else -1)
+
+
+def without_qemu(entry: Entry, kind: type[DeprivError]) -> DeprivError:
+    """Return the error that says why a domain has no QEMU to look at or to talk to, and what to do."""
+    end = f"depriv destroy {entry.domid}"  # by its name one that is damaged would need quotes
+    match entry.state:
+        case "damaged":
+            return kind(f"the entry of domain {entry.domid} cannot be read: see depriv list", fix=f"to end it: {end}")
+        case "starting":
+            return kind(f"domain {entry.name} has not started", fix=f"wait for depriv create, or: {end}")
+        case "waiting":
+            fix = f"depriv gc --restart {entry.domid}, or: {end}"
+            return kind(f"domain {entry.name} has ended, and waits to be started again", fix=fix)
+        case _:
+            return kind(f"the QEMU of domain {entry.name} is dead", fix=end)
 
 
 def status(monitor: Monitor, timeout_s: float) -> str:

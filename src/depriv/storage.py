@@ -257,7 +257,7 @@ def _check_shared(config: Domain, host: Host, found: tuple[Chain, ...]) -> None:
             who = (
                 f"domain {other.name}"
                 if not other.name_free
-                else f"domain {other.name} ({other.domid}), which does not die"
+                else f"the quarantined domain {other.domid} ({other.name})"
             )
             seen[key] = (who, writable or bool(before and before[1]))
     for chain in found:

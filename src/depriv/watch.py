@@ -19,7 +19,7 @@ import signal
 from time import monotonic
 
 from depriv import durable, proc
-from depriv.errors import DeprivError, MonitorError
+from depriv.errors import DeprivError, HostError, MonitorError
 from depriv.events import ClosedError, Events
 from depriv.gcruns import ALL, Runs
 from depriv.policy import happened
@@ -92,12 +92,14 @@ def run(state_dir: str, *, say: Callable[[str], None]) -> int:
     Raises:
         HostError: another one watches this folder, or it cannot be used.
     """
+    if os.geteuid() != 0:
+        raise HostError("only root can watch guests", fix="run it with sudo")
     registry = Registry(os.path.abspath(state_dir))
     registry.prepare()
     _raise_open_files()
     gc.freeze()  # what is there by now stays: no need to look through it again and again
     with (
-        durable.locked(f"{registry.folder}/watch.lock", f"watching {registry.folder}", timeout_s=0),
+        _alone(registry.folder),
         _wakeups() as wake,
         select.epoll() as epoll,
     ):
@@ -107,6 +109,25 @@ def run(state_dir: str, *, say: Callable[[str], None]) -> int:
         finally:
             watcher.close()
     return 0
+
+
+@contextlib.contextmanager
+def _alone(folder: str) -> Generator[None]:
+    """Be the only watcher of a registry.
+
+    Raises:
+        HostError: there is one.
+    """
+    try:
+        held = durable.locked(f"{folder}/watch.lock", "the watcher", timeout_s=0)
+        held.__enter__()
+    except durable.BusyError as error:
+        fix = "nothing is missing; to put this one in its place, end that one first"
+        raise HostError(f"the guests of {folder} are watched already", cause=error.cause, fix=fix) from None
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
 
 
 class Watcher:
@@ -321,6 +342,9 @@ class Watcher:
 
     def _act(self, guest: Guest, now: float) -> None:
         """Write down an end that QEMU told of, and have `gc` see what is true of it; the next one not too soon."""
+        if self._read(guest) is None:
+            guest.heard = ""  # we were stopped meanwhile: it is gone, and its folder may be the next one's
+            return
         self._say(f"{guest}: {guest.heard}, says its QEMU")
         self._note(guest)
         self._runs.want(guest.domid)

@@ -271,6 +271,9 @@ def _name(reader: _Reader) -> str:
         raise reader.bad("name", f"the name has {len(name)} characters", fix)
     if name.strip(_NAME_CHARACTERS) or name[0] in "-.":
         raise reader.bad("name", f"the name `{shown(name)}' is not possible", fix)
+    if name.isdecimal():
+        fix = f'put a letter in it, as in "vm{name}"'
+        raise reader.bad("name", f"the name `{name}' is a number: commands would take it for a domid", fix)
     return name
 
 

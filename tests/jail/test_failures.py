@@ -79,19 +79,20 @@ INJECTED: dict[type[Record], tuple[tuple[str, int], ...]] = {
     ),
     steps.BecomeInit: (
         (FORK.replace(":", ":error=EAGAIN:"), errno.EAGAIN),
+        ("prctl:error=EINVAL:when=1", errno.EINVAL),  # the death signal
         ("setsid:error=EPERM:when=1", errno.EPERM),
     ),
     steps.NewUser: (("unshare:error=ENOSPC:when=2", errno.ENOSPC), ("unshare:error=EPERM:when=2", errno.EPERM)),
     steps.DropCapabilities: (
-        ("prctl:error=EPERM:when=1", errno.EPERM),
-        (f"prctl:error=EPERM:when={LAST_CAP + 1}", errno.EPERM),
-        (f"prctl:error=EPERM:when={LAST_CAP + 2}", errno.EPERM),  # the ambient set
-        (f"prctl:error=EPERM:when={LAST_CAP + 3}", errno.EPERM),  # the securebits
+        ("prctl:error=EPERM:when=2", errno.EPERM),
+        (f"prctl:error=EPERM:when={LAST_CAP + 2}", errno.EPERM),
+        (f"prctl:error=EPERM:when={LAST_CAP + 3}", errno.EPERM),  # the ambient set
+        (f"prctl:error=EPERM:when={LAST_CAP + 4}", errno.EPERM),  # the securebits
     ),
     steps.SetIds: (("setresgid:error=EAGAIN:when=1", errno.EAGAIN), ("capset:error=EPERM:when=1", errno.EPERM)),
     steps.NoNewPrivs: (
-        (f"prctl:error=EINVAL:when={LAST_CAP + 4}", errno.EINVAL),
         (f"prctl:error=EINVAL:when={LAST_CAP + 5}", errno.EINVAL),
+        (f"prctl:error=EINVAL:when={LAST_CAP + 6}", errno.EINVAL),
     ),
     steps.Execute: (
         ("execve:error=ENOMEM:when=1", errno.ENOMEM),
@@ -262,7 +263,14 @@ BORDERS = (
     *("mkdir:when=3", "unshare:when=1", "mount:when=1", "mount:when=2", "mknodat:when=2", "mount:when=3"),
     *("symlink:when=1", "mount:when=5", "sendfile:when=1", "pivot_root:when=1", "umount2:when=1", "mount:when=6"),
     *("sethostname:when=1", FORK, "write:when=3", "write:when=4"),
-    *("setsid:when=1", "prlimit64:when=1", "prctl:when=1", "setresgid:when=1", "execve:when=1"),  # in the child
+    *(
+        "setsid:when=1",
+        "prlimit64:when=1",
+        "prctl:when=1",
+        "prctl:when=2",
+        "setresgid:when=1",
+        "execve:when=1",
+    ),  # in the child
 )
 
 

@@ -377,6 +377,31 @@ def test_reaper_that_was_stopped_does_not_kill_the_next_owner_of_the_uid(hostile
     assert said in (["EBUSY", 0], ["ETIMEDOUT", 0])
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_jail_that_was_stopped_until_who_asked_is_gone_kills_nobody(hostile: Run, *, gone: bool) -> None:
+    """With its toolstack goes the lock on the domain: its uid may have been given to the next one since."""
+    said = hostile(f"""
+        from depriv import codec
+        from depriv.spawn import Jail
+        from depriv.steps import Plan
+
+        jail = Jail()
+        os.kill(jail.pid, signal.SIGSTOP)
+        until(lambda: state(jail.pid) == "T")
+        jail._tell(codec.encode(Plan(domain="x", domid=1, restricted=True, shared=False, steps=(STEP,))))
+        if {gone}:
+            jail._control.close()
+        owner = start(A, wait)
+        os.kill(jail.pid, signal.SIGCONT)
+        if not {gone}:
+            jail._answer("done", 10)
+        _, status = os.waitpid(jail.pid, 0)
+        time.sleep(0.05)
+        print(json.dumps([os.waitstatus_to_exitcode(status), ends(owner)]))
+    """)
+    assert said == ([1, 0] if gone else [0, 9])
+
+
 def test_killer_that_comes_too_late_kills_nobody(hostile: Run) -> None:
     said = hostile("""
         target = start(A, wait)

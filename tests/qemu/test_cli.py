@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.guests import await_end, config_text
+from tests.support.host import need
 
-from depriv import demo_guest
+from depriv import demo_guest, proc
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,6 +155,28 @@ def test_audit_of_no_process_says_no(depriv: CommandLine) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     assert depriv.run("audit", "--pid", str(process.pid), expect=1).stdout
+
+
+def test_audit_of_a_thread_of_the_kernel_says_what_it_is(depriv: CommandLine) -> None:
+    need(proc.is_kernel_thread(2), what="kernel threads")
+    assert not proc.is_kernel_thread(1)
+    made = depriv.run("audit", "--pid", "2", expect=125)
+    assert made.stdout == ""
+    assert made.stderr.startswith("error: process 2 is a thread of the kernel, not a QEMU\n  fix: ")
+
+
+def test_domain_whose_entry_is_lost_is_told_of_in_words_that_a_shell_takes(depriv: CommandLine, config: str) -> None:
+    depriv.run("create", config)
+    (row,) = depriv.rows()
+    for name in ("state.json", "state.copy"):
+        with open(f"{depriv.state_dir}/domains/{row['domid']}/{name}", "w", encoding="ascii"):
+            pass
+    (lost,) = depriv.rows()
+    assert (lost["state"], lost["pid"]) == ("damaged", row["pid"])
+    made = depriv.run("console", "--dump", str(row["domid"]), expect=125)
+    assert made.stderr.startswith(f"error: the entry of domain {row['domid']} cannot be read")
+    assert made.stderr.endswith(f"depriv destroy {row['domid']}\n")  # by its name it would need quotes
+    depriv.run("destroy", str(row["domid"]))
 
 
 def test_reader_that_goes_away_is_no_error(depriv: CommandLine, config: str) -> None:

@@ -22,8 +22,9 @@ from tests.qemu.test_quarantine import cli, uid_of
 from tests.support import guests
 from tests.support.frozen import freezing, process_of
 from tests.support.guests import CommandLine, await_end, config_text, stop
-from tests.support.host import living, snapshot
+from tests.support.host import living, need, snapshot
 
+from depriv import cgroup
 from depriv.api import Toolstack
 from depriv.config import Disk, Domain
 from depriv.registry import Registry
@@ -251,6 +252,24 @@ def test_processes_outside_of_the_range_and_of_other_registries_domains_are_no_s
             assert (below.poll(), above.poll()) == (None, None)
         assert guest.row().state == "paused"
         assert guest.audit().holds
+    finally:
+        guests.end_all(other)
+
+
+def test_guest_whose_cgroup_lies_in_a_hierarchy_that_is_not_mounted_here_is_no_stray(
+    depriv: CommandLine, tmp_path: Path
+) -> None:
+    """Bug: where only cgroup v1 was mounted, guests that were started in v2 by another registry were killed."""
+    top, version = cgroup.find_cgroup()
+    need(version == 2, what="cgroup v2")
+    other = guests.toolstack(tmp_path / "other")
+    guest = start(other, tmp_path / "a.img")
+    try:
+        enter = ["nsenter", f"--mount=/proc/{depriv.pid}/ns/mnt", f"--root=/proc/{depriv.pid}/root"]
+        subprocess.run([*enter, "umount", top], check=True, timeout=10)
+        assert swept(depriv, "--dry-run") == []
+        assert swept(depriv) == []
+        assert guest.row().state == "paused"
     finally:
         guests.end_all(other)
 

@@ -105,12 +105,34 @@ def test_restart_that_fails_waits_with_the_reason_and_works_later(host: Toolstac
     assert (row.name, row.state, row.domid, row.trouble) == ("web", "running", done["new_domid"], "")
 
 
+def test_rename_restart_that_fails_renames_nothing_and_works_later(host: Toolstack, tmp_path: Path) -> None:
+    path = tmp_path / "a.img"
+    guest = start(host, path, POWEROFF, on_poweroff="rename-restart")
+    await_state(guest, "shutdown")
+    old = entry_of(host, guest)
+    path.rename(tmp_path / "away")
+    (done,) = gc(host, "--restart", expect=1)
+    assert done["result"] == "failed"
+    assert str(path) in done["cause"]
+    assert host.registry.entries() == (old,)
+    image(path)
+    (done,) = gc(host, "--restart")
+    assert done["result"] == "done"
+    assert [row.name for row in host.rows()] == [f"web-{guest.domid}", "web"]
+
+
 def test_domain_that_waits_can_be_destroyed(host: Toolstack, tmp_path: Path) -> None:
     path = tmp_path / "a.img"
     guest = start(host, path, POWEROFF, on_poweroff="restart")
     await_state(guest, "shutdown")
     path.unlink()
     gc(host, "--restart", expect=1)
+    for words in (("audit", "web"), ("console", "--dump", "web")):
+        made = cli(host, *words, expect=125)
+        assert made.stderr == (
+            "error: domain web has ended, and waits to be started again\n"
+            f"  fix: depriv gc --restart {host.guest('web').domid}, or: depriv destroy {host.guest('web').domid}\n"
+        )
     cli(host, "destroy", "web")
     assert host.guests() == ()
 

@@ -101,7 +101,10 @@ def test_destroy_of_what_does_not_die_ends_in_time_and_names_it_and_what_to_look
     done = cli(host, "destroy", "web", expect=125)
     assert ending.END_TIMEOUT_S - 1 < time.monotonic() - began < ending.END_TIMEOUT_S + 5
     assert f"{pid} (D) by uid" in done.stderr
-    assert "  fix: " in done.stderr
+    _, _, remedy = done.stderr.partition("  fix: see what it waits for: ")
+    look = subprocess.run(remedy.splitlines()[0].split(), capture_output=True, text=True, check=True, timeout=10)
+    assert look.stdout.splitlines()[1].split()[0] == str(pid)
+    assert "depriv gc" in remedy
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -135,7 +138,7 @@ def test_nothing_that_a_quarantined_domain_has_is_given_to_another(
     old = guest.row()
     freeze(old.pid)
     quarantined(guest)
-    with pytest.raises(ConfigError, match=f"{image} for xvda is in use by domain web"):
+    with pytest.raises(ConfigError, match=f"{image} for xvda is in use by the quarantined domain {old.domid} "):
         create(host, "other", image)
     assert [row.state for row in host.rows()] == ["quarantined"]
     # Its name is free: its end was asked for. And a name means the domain that can be talked to.
@@ -249,7 +252,9 @@ def test_gc_says_that_it_does_not_die_and_the_next_one_after_it_could_clears_it(
         )
         assert f"{row.pid} (D)" in done["cause"]
         assert [each.state for each in host.rows()] == ["quarantined"]
-    assert "does not die yet, its ids are quarantined" in cli(host, "gc", "web", expect=1).stdout
+    line = cli(host, "gc", "web", expect=1).stdout
+    assert "does not die yet, its ids are quarantined" in line
+    assert line.count(f"{row.pid} (D)") == 1
     frozen.thaw()
     assert await_end(row.pid)  # of the kill that came while it stood
     (done,) = gc(host)

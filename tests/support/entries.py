@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from depriv.entry import Entry
 from depriv.report import Expected, Grant, Limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from types import FrameType
 
 EXPECTED = Expected(
@@ -54,6 +56,17 @@ def entry(name: str = "web", domid: int = 1, **changes: Any) -> Entry:
         "images": ((1, 2, 0, True), (0, 0, 7, False)),
     }
     return Entry(**{**values, **changes})
+
+
+@contextlib.contextmanager
+def no_descriptor_to_spare() -> Generator[None]:
+    """Have this process open nothing more until the end of the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def killed_at(number: int, act: Callable[[], object]) -> bool:

@@ -157,20 +157,43 @@ def compiled(folder: Path, name: str, source: str) -> Path:
 
 
 # Runs in the namespace: an own /run/depriv, a sign that it is there, and then nothing until standard input ends.
-_HOLD = 'mount -t tmpfs -o mode=700 depriv-tests "$1" && shift && { [ $# = 0 ] || mount --bind "$@"; } && echo && cat'
+_HOLD = """
+for kind in $1; do umount --all --types "$kind" || exit; done
+mount -t tmpfs -o mode=700 depriv-tests "$2" && shift 2 && { [ $# = 0 ] || mount --bind "$@"; } && echo && cat
+"""
 
 
 class CommandLine:
     """The real command line, in a mount namespace in which /run/depriv is empty: as on a host of its own."""
 
-    def __init__(self, *, bind: tuple[str, str] = ("", ""), state_dir: str = "/run/depriv") -> None:
-        """Make the namespace; ``bind`` is a file and the path that it is to stand at in it."""
+    def __init__(
+        self, *, bind: tuple[str, str] = ("", ""), state_dir: str = "/run/depriv", without: tuple[str, ...] = ()
+    ) -> None:
+        """Make the namespace.
+
+        Args:
+            bind: A file and the path that it is to stand at in it.
+            state_dir: The registry's folder.
+            without: Types of file systems that are not to be seen in it.
+        """
         self._made = not os.path.isdir(state_dir)
         self._folder = state_dir
         os.makedirs(state_dir, 0o700, exist_ok=True)
         words = [word for word in bind if word]
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", _HOLD, "sh", state_dir, *words],
+            [
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                _HOLD,
+                "sh",
+                " ".join(without),
+                state_dir,
+                *words,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

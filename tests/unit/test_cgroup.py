@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.support.entries import no_descriptor_to_spare
 from tests.support.host import need
 
 from depriv import cgroup
@@ -198,6 +199,16 @@ def test_cgroup_that_is_not_there_has_nobody_in_it_and_is_removed_already(path: 
 
 
 @pytest.mark.root
+@pytest.mark.root
+def test_cgroup_that_we_have_no_descriptor_to_look_into_does_not_pass_for_empty(made: list[str]) -> None:
+    made.append(f"{cgroup.PREFIX}-unread-{os.getpid()}")
+    path = f"{find_cgroup()[0]}/{made[0]}"
+    os.mkdir(path)
+    assert members(path) == ()
+    with no_descriptor_to_spare(), pytest.raises(OSError, match="Too many open files"):
+        members(path)
+
+
 def test_folder_with_a_leaf_in_it_is_not_removed(made: list[str]) -> None:
     path = make(made, f"depriv-unit-{os.getpid()}", "7")
     remove_folder(path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,7 +78,53 @@ def test_answer_that_cannot_be_written_is_no_success_and_no_traceback(shell: str
     made = depriv("check", good, shell=shell)
     assert made.returncode == 125
     assert "Traceback" not in made.stderr
-    assert made.stderr in ("", "error: the host refused\ncause: [Errno 28] No space left on device\n")
+    if made.stderr:
+        error, cause, fix = made.stderr.splitlines()
+        assert error == "error: cannot write the answer to standard output"
+        assert cause == "cause: [Errno 28] No space left on device"
+        assert fix.startswith("  fix: what was asked for has been done")
+
+
+def test_answer_that_cannot_be_written_is_told_in_one_way_however_python_buffers(good: str) -> None:
+    said = {depriv("check", good, shell='exec "$@" >/dev/full', PYTHONUNBUFFERED=value).stderr for value in ("", "1")}
+    assert len(said) == 1
+    assert "cannot write the answer" in said.pop()
+
+
+def test_interrupt_while_the_program_is_still_being_loaded_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt\n")
+    made = depriv("check", "x", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert (made.returncode, made.stdout, made.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize(
+    ("folder", "cause"),
+    [
+        ("/", "owner 0, mode 0755"),
+        ("/dev/null", ""),
+        ("/nonexistent/depriv", "[Errno 2] No such file or directory: '/nonexistent/depriv'"),
+    ],
+)
+def test_folder_that_is_not_depriv_s_own_is_refused_and_nobody_is_told_to_remove_it(folder: str, cause: str) -> None:
+    """Bug: with DEPRIV_STATE_DIR=/etc the remedy was "rm -r /etc"."""
+    for words in (("gc",), ("watch",)):
+        made = depriv(*words, DEPRIV_STATE_DIR=folder)
+        assert made.returncode == 125
+        assert f"cause: {cause}" in made.stderr
+        assert "  fix: " in made.stderr
+        assert "rm " not in made.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("words", [("watch",), ("gc",), ("gc", "--dry-run"), ("list",), ("destroy", "web1")])
+def test_who_is_not_root_is_told_to_be_and_not_to_change_the_folder(words: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # where everybody sees that it is there; pytest's is root's alone
+        os.mkdir(f"{folder}/domains", 0o700)
+        made = depriv(*words, shell='exec setpriv --reuid=65534 --clear-groups "$@"', DEPRIV_STATE_DIR=folder)
+    assert (made.returncode, made.stdout) == (125, "")
+    assert "fix: run this as root" in made.stderr or "fix: run it with sudo" in made.stderr
+    assert "chmod" not in made.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -16,7 +16,7 @@ from depriv.identity import SHARED
 @pytest.mark.parametrize(
     "field",
     [
-        *({"name": name} for name in (5, None, "", "a b", "../x", "-x", "a" * 64, "a\nb", "a,process=b")),
+        *({"name": name} for name in (5, None, "", "a b", "../x", "-x", "a" * 64, "a\nb", "a,process=b", "7")),
         *({"memory_mib": memory} for memory in ("256", 0, -1, 1.5, True, None)),
         *({"vcpus": count} for count in ("2", 0)),
         *({"disks": disks} for disks in (["x"], "x", ("x",), Disk(vdev="hdc", cdrom=True))),

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.entries import killed_at
@@ -230,6 +230,18 @@ def test_write_that_fails_leaves_the_old_and_nothing_beside(
     assert sorted(os.listdir(tmp_path)) == ["copy", "state"]
 
 
+def test_what_is_too_much_to_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    durable.write((str(path),), OLD)
+    with pytest.raises(HostError, match="cannot write") as caught:
+        durable.write((str(path),), {"much": "x" * (1 << 20)})
+    assert "nobody would read it" in caught.value.cause
+    assert durable.load(str(path)) == OLD
+    most: dict[str, Any] = {"much": "x" * ((1 << 20) - len(json.dumps({"much": ""})))}
+    durable.write((str(path),), most)
+    assert durable.load(str(path)) == most
+
+
 def test_file_of_which_only_a_part_could_be_written_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +371,31 @@ def test_lock_of_what_was_removed_meanwhile_is_not_had(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         thread.join(10)
     assert [str(error) for error in waits] == ["domain 1 is gone: it was removed meanwhile"]
+
+
+def test_lock_of_a_folder_that_was_moved_away_to_be_removed_is_not_had(tmp_path: Path) -> None:
+    """Who removed it may have been killed half-way; by now there may be another domain at its path."""
+    path = tmp_path / "domain" / "lock"
+    path.parent.mkdir()
+    had: list[str] = []
+
+    def wait() -> None:
+        try:
+            with durable.locked(str(path), "domain 7", timeout_s=10):
+                had.append("it")
+        except NotFoundError as error:
+            had.append(str(error))
+
+    with durable.locked(str(path), "domain 7"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.1)
+        path.parent.rename(tmp_path / "gone-domain")
+        path.parent.mkdir()
+        with durable.locked(str(path), "the next domain 7"):
+            pass
+    waiting.join()
+    assert had == ["domain 7 is gone: it was removed meanwhile"]
 
 
 def test_lock_of_a_folder_that_is_gone_is_not_found(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.support.host import need
 
 from depriv import proc
 
@@ -384,3 +386,62 @@ def test_a_descriptor_that_closes_meanwhile_is_left_out() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+THREADS = """
+import os, threading
+os.write(1, b"r")
+while True:
+    threading.Thread(target=int).start()
+"""
+
+
+@root
+def test_threads_that_end_while_they_are_read_are_gone() -> None:
+    """Bug: a link of what has just ended is refused with EACCES, and an audit said that it may not look."""
+    with subprocess.Popen([PYTHON, "-c", THREADS], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1) == b"r"
+            wrong: list[str] = []
+            deadline = time.monotonic() + 1.5
+            while time.monotonic() < deadline:
+                for tid in proc.threads(process.pid)[1:]:
+                    for read in (proc.namespaces, proc.places):
+                        try:
+                            read(process.pid, tid)
+                        except ProcessLookupError:
+                            continue
+                        except PermissionError as error:
+                            wrong.append(str(error))
+        finally:
+            process.kill()
+    assert wrong == []
+
+
+# In a pid namespace of its own: a thread gets a lower number than its process has.
+LOWER = """
+import os, sys, threading, time
+def last_pid(number):
+    with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+        file.write(str(number))
+last_pid(500)
+if os.fork() == 0:
+    last_pid(100)
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    from depriv import proc
+    print(os.getpid(), *proc.threads(os.getpid()), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@root
+def test_main_thread_is_the_first_whatever_its_number() -> None:
+    """Bug: numbers begin anew, and an audit that took a thread with a lower one for the main thread saw it end."""
+    need(os.path.exists("/proc/sys/kernel/ns_last_pid"), what="ns_last_pid")
+    argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", LOWER]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=10)
+    pid, first, second = map(int, done.stdout.split())
+    assert second < pid
+    assert first == pid

@@ -110,7 +110,20 @@ def test_folder_that_others_can_reach_is_refused(tmp_path: Path, mode: int) -> N
     with pytest.raises(HostError, match="is not a folder of root's alone") as caught:
         Registry(str(folder)).prepare()
     assert f"mode {mode:04o}" in caught.value.cause
-    assert caught.value.fix
+    assert "a folder that is depriv's own" in caught.value.fix
+    assert "rm " not in caught.value.fix
+
+
+def test_files_of_others_with_a_number_at_the_end_are_no_debris(registry: Registry) -> None:
+    """Bug: in a folder that somebody used for other things, too, all that was called NAME.NUMBER was removed."""
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    others = [f"backup.{dead.pid}", f"libx.so.6.{dead.pid}", f"photos.2024.{dead.pid}", f"a.state.json.1.{dead.pid}"]
+    ours = [f"state.json.1.{dead.pid}", f"history.json.2.{dead.pid}", f"boot.3.{dead.pid}", f"ended.4.{dead.pid}"]
+    for name in (*others, *ours):
+        with open(f"{registry.folder}/{name}", "w", encoding="ascii"):
+            pass
+    assert sorted(registry.debris()) == sorted(f"{registry.folder}/{name}" for name in ours)
 
 
 def test_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

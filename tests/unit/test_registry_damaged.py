@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.entries import EXPECTED, entry
+from tests.support.entries import EXPECTED, entry, no_descriptor_to_spare
 
-from depriv.errors import NotFoundError
+from depriv.durable import DamagedError
+from depriv.errors import HostError, NotFoundError
 from depriv.registry import Registry
 
 if TYPE_CHECKING:
@@ -128,6 +129,16 @@ def test_link_and_fifo_in_place_of_an_entry_are_neither_followed_nor_waited_for(
     began = time.monotonic()
     assert Registry(registry.folder).entries() == (made,)
     assert time.monotonic() - began < 2
+
+
+def test_entry_that_we_have_no_descriptor_to_read_with_is_not_damaged_but_not_read(registry: Registry) -> None:
+    """What is damaged is believed to be dead where the kernel shows nobody; a guest that runs would be cleared."""
+    made = entry()
+    add(registry, made)
+    with no_descriptor_to_spare(), pytest.raises(HostError, match="cannot read") as caught:
+        registry.read(1)
+    assert not isinstance(caught.value, DamagedError)
+    assert registry.read(1) == made
 
 
 def test_entry_that_was_replaced_is_read_anew(registry: Registry) -> None:

@@ -228,9 +228,16 @@ def test_impossible_names_are_refused(name: str) -> None:
     refuse(f'name = "{name}"')
 
 
-@pytest.mark.parametrize("name", ["a", "a" * 63, "Web-1.example_x+y", "0", "_"])
+@pytest.mark.parametrize("name", ["a", "a" * 63, "Web-1.example_x+y", "0a", "0.5", "_"])
 def test_ordinary_names_are_taken(name: str) -> None:
     assert load(f'name = "{name}"').name == name
+
+
+@pytest.mark.parametrize("name", ["0", "7", "32751", "007"])
+def test_number_for_a_name_is_refused_for_commands_would_take_it_for_a_domid(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}' is a number") as caught:
+        load(f'name = "{name}"')
+    assert f'"vm{name}"' in caught.value.fix
 
 
 def test_a_missing_name_is_told_with_the_file() -> None:

@@ -45,6 +45,7 @@ class State:
         self.cgroup_folder = -1
         self.cgroup_version = 0
         self.late_namespaces = 0  # left by the child itself
+        self.control = -1  # connected to the toolstack; -1: there is none
         # Both are needed when /proc is no longer to be seen.
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
@@ -212,7 +213,12 @@ def _set_hostname(step: steps.SetHostname, _state: State) -> None:
 
 
 def become_init(_step: steps.BecomeInit, state: State) -> None:
-    """In the child: make its cgroup the root of what it sees of cgroups, and lead a session of its own."""
+    """In the child: make its cgroup the root of what it sees of cgroups, and lead a session of its own.
+
+    Until it has an id of its own it dies with the jail: before it joins a cgroup of version 1, nobody else finds it.
+    """
+    # SetIds ends that: the kernel clears it with a new gid or uid (commit_creds() in kernel/cred.c).
+    sys.prctl(sys.PR_SET_PDEATHSIG, 9, "PR_SET_PDEATHSIG")
     if state.cgroup_version == 1:
         fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.cgroup)
         os.write(fd, b"0")

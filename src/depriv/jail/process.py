@@ -69,6 +69,7 @@ def main(control: int) -> int:
             launch(plan, control)
         else:
             state = apply.State(-1, -1)
+            state.control = control
             for step in plan.steps:
                 attempt(step, state)
             answer(control, ["done"])
@@ -121,6 +122,7 @@ def launch(plan: steps.Plan, control: int) -> None:
     heard, tell = os.pipe()
     waits, go = os.pipe()
     state = apply.State(tell, waits)
+    state.control = control
     fork_at = next(number for number, step in enumerate(plan.steps) if isinstance(step, steps.BecomeInit))
     cgroup = next(step.path for step in plan.steps if isinstance(step, steps.MakeCgroup))
     child = -1

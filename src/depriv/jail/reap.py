@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import time
 
 from depriv.jail import sys
@@ -22,21 +23,22 @@ if TYPE_CHECKING:
 
     Found = tuple[int, str, bool]  # pid, state as in proc_pid_status(5), and whether a uid matched or only a gid
 
-_SIGKILL, _EPERM, _EBUSY, _EROFS, _ETIMEDOUT = 9, 1, 16, 30, 110  # <asm-generic/signal.h>, <asm-generic/errno.h>
+# <asm-generic/signal.h>, <asm-generic/errno.h>
+_SIGKILL, _EPERM, _EBUSY, _EROFS, _ETIMEDOUT, _ECANCELED = 9, 1, 16, 30, 110, 125
 _LATE = 126  # exit status of a killer that was too late to kill; no errno of ours
 _UID_MIN, _UID_MAX = 1000, 0xFFFFFFFD  # -1, and in 16 bits -2, are for "leave it" and for nobody
 _POLL_S, _SETTLE_S = 0.001, 0.05  # between two looks at the dying; until all is done again
 _PATIENCE_S = 0.25  # ten thousand processes take kill(-1) about that long
 
 
-def reap(step: Reap, _state: object = None) -> None:
+def reap(step: Reap, state: object = None) -> None:
     """Leave no process alive with ``step.uid`` among its four uids or ``step.gid`` among its four gids.
 
     Those with the gid and not the uid are never killed: they are somebody's, and make it fail.
 
     Raises:
-        OSError: the lock, or the proof, was not to be had in time (ETIMEDOUT); those named are left (EBUSY); or the
-            killer failed. The ids must then not be used.
+        OSError: the lock, or the proof, was not to be had in time (ETIMEDOUT); those named are left (EBUSY); the
+            toolstack has gone (ECANCELED); or the killer failed. The ids must then not be used.
     """
     if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
         raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
@@ -45,6 +47,10 @@ def reap(step: Reap, _state: object = None) -> None:
     try:
         while True:
             _await_lock(lock, step, deadline)
+            # Whoever asked holds the domain's lock for as long as it lives, and so keeps the uid for that domain. From
+            # here on our lock does: no start comes past it.
+            if _is_orphan(getattr(state, "control", -1)):
+                raise OSError(_ECANCELED, "who asked for it is gone: the uid may have a new owner", f"uid {step.uid}")
             sent = _kill_all(step, deadline)
             fcntl.flock(lock, fcntl.LOCK_UN)  # what does not die must not hold up the reapers of all other domains
             if sent and not survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline)):
@@ -53,6 +59,15 @@ def reap(step: Reap, _state: object = None) -> None:
                 raise _failure(survivors(step.uid, step.gid), step)
     finally:
         os.close(lock)
+
+
+def _is_orphan(control: int) -> bool:
+    """Tell whether the other end of the jail's socket is closed: we may have been stopped for longer than it lived."""
+    if control < 0:
+        return False
+    poll = select.poll()
+    poll.register(control, 0)  # POLLHUP comes unasked, and not from a peer that only shut down its direction
+    return bool(poll.poll(0))
 
 
 def _now() -> float:
