@@ -331,7 +331,9 @@ def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, .
 def remove_empty_folders(registry: Registry) -> None:
     """Remove folders of cgroups with nothing in them: those of lost state folders, and our own without domains."""
     cgroup.remove_lost_folders(registry.folder)
-    with registry.locked():  # a start reserves its entry under it, so none is about to make its cgroup in there
+    # A start reserves its entry under that lock, so none is about to make its cgroup in there. Who holds it is most
+    # likely one: an empty folder is worth no wait, and no error after all else was done.
+    with contextlib.suppress(BusyError), registry.locked(timeout_s=0):
         if not registry.domids():
             cgroup.remove_folder(os.path.dirname(registry.cgroup(0)))
 

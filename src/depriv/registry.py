@@ -91,9 +91,9 @@ class Registry:
         """Write down that all of the past is swept."""
         durable.write((f"{self.folder}/boot",), {"boot": self.boot_id})
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self, *, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Hold the registry still. Short: allocate, look for conflicts, write one entry."""
-        return durable.locked(f"{self.folder}/lock", "the registry")
+        return durable.locked(f"{self.folder}/lock", "the registry", timeout_s=timeout_s)
 
     def locked_domain(self, domid: int, *, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Be the only command that acts on one domain.

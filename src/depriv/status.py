@@ -72,9 +72,12 @@ def ask(entries: tuple[Entry, ...], registry: Registry, *, timeout_s: float = TI
 
         deadline = time.monotonic() + timeout_s
         threads = [threading.Thread(target=ask_one, args=(entry,), daemon=True) for entry in asked]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        begun: list[threading.Thread] = []
+        with contextlib.suppress(RuntimeError):  # no room for another thread on this host: the rest is not asked
+            for thread in threads:
+                thread.start()
+                begun.append(thread)
+        for thread in begun:
             thread.join(max(deadline - time.monotonic(), 0.001))
     return dict(said)
 

@@ -51,7 +51,7 @@ def test_only_the_granted_descriptors_are_open(ground: Ground) -> None:
     launch = ground.launch("--serve")
     with running(launch) as started:
         found = {int(name): os.stat(f"/proc/{started.pid}/fd/{name}") for name in os.listdir(f"/proc/{started.pid}/fd")}
-        assert sorted(found) == [0, 1, 2, 3, DISK_FD]
+        assert sorted(found) == [0, 1, 2, 3, 4, DISK_FD]
         null, disk, log = os.stat("/dev/null"), ground.disk.stat(), os.stat(f"{launch.directory}/log")
         assert found[0].st_rdev == null.st_rdev
         assert (found[DISK_FD].st_dev, found[DISK_FD].st_ino) == (disk.st_dev, disk.st_ino)
@@ -267,7 +267,7 @@ def test_what_the_toolstack_left_open_and_its_groups_are_not_handed_on(ground: G
         os.setgroups((4, 24, 27))
         with running(launch) as started:
             assert os.path.exists(f"/proc/{started.jail._pid}/fd/{leaks}")  # so far it comes
-            assert sorted(map(int, os.listdir(f"/proc/{started.pid}/fd"))) == [0, 1, 2, 3, DISK_FD]
+            assert sorted(map(int, os.listdir(f"/proc/{started.pid}/fd"))) == [0, 1, 2, 3, 4, DISK_FD]
             assert proc.read_status(started.pid)["Groups"].split() == []
     finally:
         os.setgroups(groups)

@@ -306,6 +306,21 @@ def expect(pid: int, group: str) -> Expected:
     )
 
 
+def test_guest_starts_in_a_container_whose_hierarchy_is_a_part_of_the_hosts(depriv: CommandLine, config: Path) -> None:
+    """Bug: the kernel shows the whole path of its cgroup, the audit wanted the container's, and nothing started."""
+    part = f"{PIDS}/depriv-tests-part-{os.getpid()}"
+    os.mkdir(part)
+    try:
+        within(depriv, "mount", "--bind", part, PIDS)
+        row = created(depriv, config)
+        assert Path(f"/proc/{row['pid']}/cgroup").read_text().count(f":{part.removeprefix(PIDS)}/depriv-") == 1
+        assert "FAIL" not in depriv.run("audit", "web").stdout
+        depriv.run("destroy", "web")
+        assert os.listdir(part) == [name for name in os.listdir(part) if not name.startswith("depriv")]
+    finally:
+        os.rmdir(part)
+
+
 def test_without_any_hierarchy_nothing_starts_and_it_is_said_what_to_do(unchanged: None, config: Path) -> None:
     del unchanged
     bare = CommandLine(without=("cgroup2", "cgroup"))

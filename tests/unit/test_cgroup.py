@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -217,3 +218,59 @@ def test_folder_with_a_leaf_in_it_is_not_removed(made: list[str]) -> None:
     remove_folder(path)
     assert not os.path.exists(path)
     remove_folder(path)
+
+
+# Hosts of other kinds
+
+SHOW = "from depriv import cgroup; print(*(f'{path}:{version}' for path, version in cgroup.hierarchies()))"
+
+
+@pytest.mark.root
+def test_hierarchies_are_found_where_they_are_mounted_the_best_first(tmp_path: Path) -> None:
+    need(os.path.isdir("/sys/fs/cgroup/pids"), what="cgroup v1")
+    code = """
+    umount --all --types cgroup2 && "$@" && umount --all --types cgroup && "$@" && cd "$0" && mkdir v1 v2 &&
+    mount -t cgroup -o pids none v1 && "$@" && mount -t cgroup2 none v2 && "$@" && mount -t tmpfs none v2 && "$@"
+    """
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", code, str(tmp_path)]
+    done = subprocess.run([*argv, sys.executable, "-c", SHOW], check=True, capture_output=True, text=True, timeout=20)
+    v1, nothing, odd, both, hidden = done.stdout.split("\n")[:-1]
+    assert v1.split() == ["/sys/fs/cgroup/pids:1", "/sys/fs/cgroup/freezer:1"]
+    assert nothing == ""
+    assert odd == hidden == f"{tmp_path}/v1:1"
+    assert both.split() == [f"{tmp_path}/v2:2", f"{tmp_path}/v1:1"]
+
+
+@pytest.mark.root
+def test_mounts_of_other_kinds_however_many_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    need(bool(find_cgroup()[0]), what="cgroups")
+    monkeypatch.setattr(cgroup, "_mounted", lambda: pytest.fail("the list of mounts was read"))
+    assert find_cgroup()[0]
+
+
+@pytest.mark.root
+def test_folder_on_v1_with_processes_that_cannot_be_seen_is_not_lost(tmp_path: Path) -> None:
+    """Version 1 does not show them as 0: it leaves them out."""
+    top = "/sys/fs/cgroup/pids"
+    need(os.path.isdir(top), what="cgroup v1")
+    folder = f"{top}/{folder_name(str(tmp_path))[:-1]}x-1"
+    leaf = f"{folder}/7"
+    os.makedirs(leaf)
+    code = f"from depriv import cgroup; print(*cgroup.lost_folders({str(tmp_path)!r}))"
+    argv = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    try:
+        for inside, lost in (("sleep 60", ""), ("true", os.path.basename(folder))):
+            words = ["sh", "-c", f"echo $$ > {leaf}/cgroup.procs; echo; exec {inside}"]
+            with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+                try:
+                    assert process.stdout is not None
+                    process.stdout.readline()
+                    if inside == "true":
+                        process.wait(10)
+                    done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=10)
+                finally:
+                    process.kill()
+            assert done.stdout.strip() == lost
+    finally:
+        remove_cgroup(leaf)
+        remove_folder(folder)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from tests.support.entries import EXPECTED, entry
 from tests.support.guests import FIRST_DOMID, seed_history
 from tests.support.host import need
 
-from depriv import cgroup, collect, proc
+from depriv import cgroup, collect, proc, status
 from depriv.cgroup import find_cgroup, folder_name, remove_cgroup, remove_folder
 from depriv.collect import clear, of_entry, strays, survey, tidy
 from depriv.ending import forget
@@ -415,3 +416,20 @@ def test_process_of_a_domain_of_any_registry_is_no_stray(
 def test_quarantined_domain_without_ids_does_not_count_roots_processes_as_its_own(registry: Registry) -> None:
     add(registry, dead(state="quarantined", uid=0, gid=0, shared=True))
     assert [done.result for done in tidy(registry, "/nowhere")] == ["done"]
+
+
+def test_registry_that_somebody_holds_costs_no_wait_for_an_empty_folder_of_cgroups(registry: Registry) -> None:
+    with registry.locked():
+        begun = time.monotonic()
+        collect.remove_empty_folders(registry)
+        assert time.monotonic() - begun < 2
+
+
+def test_host_without_room_for_another_thread_leaves_the_rest_unasked(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert status.ask((ours(), ours(domid=DOMID + 1)), registry) == {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import stat
 
 from depriv import steps
@@ -50,6 +51,17 @@ class State:
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
             self.last_cap = int(file.read())
+
+    def refuse_if_orphaned(self) -> None:
+        """Raise ``OSError`` (ECANCELED) if the toolstack is gone, and with it the domain's lock.
+
+        We may have been stopped for longer than it lived, and the next owner of the ids have been started since.
+        """
+        if self.control >= 0:
+            poll = select.poll()
+            poll.register(self.control, 0)  # POLLHUP comes unasked, but not from a peer that only says no more
+            if poll.poll(0):
+                raise OSError(125, "who asked for it is gone: the uid may have a new owner", "the jail's socket")
 
 
 def _move_up(fd: int) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import time
 
 from depriv.jail import sys
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
     Found = tuple[int, str, bool]  # pid, state as in proc_pid_status(5), and whether a uid matched or only a gid
 
-# <asm-generic/signal.h>, <asm-generic/errno.h>
-_SIGKILL, _EPERM, _EBUSY, _EROFS, _ETIMEDOUT, _ECANCELED = 9, 1, 16, 30, 110, 125
+_SIGKILL, _EPERM, _EBUSY, _EROFS, _ETIMEDOUT = 9, 1, 16, 30, 110  # <asm-generic/signal.h>, <asm-generic/errno.h>
 _LATE = 126  # exit status of a killer that was too late to kill; no errno of ours
 _UID_MIN, _UID_MAX = 1000, 0xFFFFFFFD  # -1, and in 16 bits -2, are for "leave it" and for nobody
 _POLL_S, _SETTLE_S = 0.001, 0.05  # between two looks at the dying; until all is done again
@@ -38,7 +36,7 @@ def reap(step: Reap, state: object = None) -> None:
 
     Raises:
         OSError: the lock, or the proof, was not to be had in time (ETIMEDOUT); those named are left (EBUSY); the
-            toolstack has gone (ECANCELED); or the killer failed. The ids must then not be used.
+            toolstack is gone (ECANCELED); or the killer failed. The ids must then not be used.
     """
     if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
         raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
@@ -47,10 +45,7 @@ def reap(step: Reap, state: object = None) -> None:
     try:
         while True:
             _await_lock(lock, step, deadline)
-            # Whoever asked holds the domain's lock for as long as it lives, and so keeps the uid for that domain. From
-            # here on our lock does: no start comes past it.
-            if _is_orphan(getattr(state, "control", -1)):
-                raise OSError(_ECANCELED, "who asked for it is gone: the uid may have a new owner", f"uid {step.uid}")
+            getattr(state, "refuse_if_orphaned", bool)()  # our lock keeps starts out from here on; bool: in no jail
             sent = _kill_all(step, deadline)
             fcntl.flock(lock, fcntl.LOCK_UN)  # what does not die must not hold up the reapers of all other domains
             if sent and not survivors(step.uid, step.gid, until=min(_now() + _SETTLE_S, deadline)):
@@ -59,15 +54,6 @@ def reap(step: Reap, state: object = None) -> None:
                 raise _failure(survivors(step.uid, step.gid), step)
     finally:
         os.close(lock)
-
-
-def _is_orphan(control: int) -> bool:
-    """Tell whether the other end of the jail's socket is closed: we may have been stopped for longer than it lived."""
-    if control < 0:
-        return False
-    poll = select.poll()
-    poll.register(control, 0)  # POLLHUP comes unasked, and not from a peer that only shut down its direction
-    return bool(poll.poll(0))
 
 
 def _now() -> float:
@@ -248,9 +234,8 @@ def _look(pid: str, uid: int, gid: int) -> Found | None:
         return None
     state = text.partition(b"\nState:\t")[2][:1]
     threads = text.partition(b"\nThreads:\t")[2].partition(b"\n")[0]
-    if state == b"X" or (state == b"Z" and threads in (b"0", b"1")):
-        return None
-    return int(pid), state.decode(), by_uid
+    is_dead = state == b"X" or (state == b"Z" and threads in (b"0", b"1"))
+    return None if is_dead else (int(pid), state.decode(), by_uid)
 
 
 def _read(path: str) -> bytes:
