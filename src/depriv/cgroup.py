@@ -22,7 +22,6 @@ PREFIX = "depriv"
 END_TIMEOUT_S = 10.0
 _TOP = "/sys/fs/cgroup"
 _PLACES = ((_TOP, 2), (f"{_TOP}/unified", 2), (f"{_TOP}/pids", 1), (f"{_TOP}/freezer", 1))
-_SIGKILL = 9
 
 
 class Leaf(Record):
@@ -185,12 +184,23 @@ def kill_cgroup(path: str) -> None:
     sent: set[int] = set()
     while (pids := set(members(path)) - sent) and time.monotonic() < deadline:
         sent |= pids  # each once: who got it forks no more, and one that does not die is not waited for
-        for pid in pids:
-            try:
-                os.kill(pid, _SIGKILL)
-            except ProcessLookupError:
-                continue
+        _kill_members(path, pids)
         time.sleep(0.002)
+
+
+def _kill_members(path: str, pids: set[int]) -> None:
+    """Kill processes of a cgroup by pidfd: we may be stopped between looking and killing, and numbers be others'."""
+    import signal  # noqa: PLC0415 (hosts with version 1 alone)
+
+    with contextlib.ExitStack() as held:
+        pidfds: dict[int, int] = {}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfds[pid] = os.pidfd_open(pid)
+                held.callback(os.close, pidfds[pid])
+        for pid in pidfds.keys() & set(members(path)):  # asked again, now that no number can change hands
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfds[pid], signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
 
 
 def remove_cgroup(path: str, *, timeout_s: float = END_TIMEOUT_S) -> None:

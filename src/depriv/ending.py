@@ -83,34 +83,37 @@ def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:
 def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float | None = None) -> None:
     """Kill everything of a domain, which is locked, and see that it is gone. ``jail`` is used up.
 
+    ``timeout_s`` (None: END_TIMEOUT_S) is for all of it; a jail that does not answer gets five seconds more.
+
     Raises:
         DeprivError: something lives still.
     """
-    wait_s = END_TIMEOUT_S if timeout_s is None else timeout_s
+    deadline = time.monotonic() + (END_TIMEOUT_S if timeout_s is None else timeout_s)
     if entry.boot_id == registry.boot_id:
         # That of its start, if that was cut short: whoever starts a domain holds its lock. First, so that nothing new
         # comes from it.
         kill_process(entry.jail_pid, entry.jail_starttime)
         kill(entry, registry)  # whatever becomes of the jail
-        _await_end(entry.jail_pid, entry.jail_starttime, "the jail", wait_s)
+        _await_end(entry.jail_pid, entry.jail_starttime, "the jail", deadline)
     kill(entry, registry)
     if not entry.shared and entry.uid >= _UID_MIN:
         _refuse_anothers(entry, registry)
+        left_s = _left_s(deadline)
         reap = Reap(
             uid=entry.uid,
             gid=entry.gid,
             reaper_uid=entry.reaper_uid,
             lock=f"{registry.folder}/reaper.lock",
-            timeout_ms=int(wait_s * 1000),
+            timeout_ms=int(left_s * 1000),
         )
         steps = Plan(domain=entry.name, domid=entry.domid, restricted=True, shared=False, steps=(reap,))
-        jail.reap(steps, timeout_s=wait_s + 5)
+        jail.reap(steps, timeout_s=left_s + 5)
     if entry.expected is not None and entry.boot_id == registry.boot_id:
         # Process 1 of a pid namespace is wholly dead only when everything in it is. See pid_namespaces(7).
-        _await_end(entry.expected.pid, entry.expected.starttime, "QEMU", wait_s)
+        _await_end(entry.expected.pid, entry.expected.starttime, "QEMU", deadline)
     if entry.shared and entry.cgroup and not cgroup.is_visible(entry.cgroup):
         raise HostError(f"cannot see what is in cgroup {entry.cgroup}", fix="run this where that hierarchy is mounted")
-    cgroup.remove_cgroup(entry.cgroup, timeout_s=wait_s)
+    cgroup.remove_cgroup(entry.cgroup, timeout_s=_left_s(deadline))
 
 
 def _refuse_anothers(entry: Entry, registry: Registry) -> None:
@@ -160,10 +163,14 @@ def kill_process(pid: int, starttime: int) -> None:
         os.close(pidfd)
 
 
-def _await_end(pid: int, starttime: int, what: str, timeout_s: float) -> None:
+def _await_end(pid: int, starttime: int, what: str, deadline: float) -> None:
     """See one process to its end."""
-    deadline = time.monotonic() + timeout_s
     while pid > 0 and proc.alive(pid, starttime) != "dead":
         if time.monotonic() > deadline:
             raise HostError(f"{what}, process {pid}, does not die", fix=f"see what it waits for: cat /proc/{pid}/stack")
         time.sleep(0.001)
+
+
+def _left_s(deadline: float) -> float:
+    """Return what is left of the time; enough for one look at least."""
+    return max(deadline - time.monotonic(), 0.1)

@@ -70,6 +70,7 @@ def ask(entries: tuple[Entry, ...], registry: Registry, *, timeout_s: float = TI
     elif asked:
         import threading  # noqa: PLC0415 (not on the path of create)
 
+        raise_open_files()
         deadline = time.monotonic() + timeout_s
         threads = [threading.Thread(target=ask_one, args=(entry,), daemon=True) for entry in asked]
         begun: list[threading.Thread] = []
@@ -80,6 +81,15 @@ def ask(entries: tuple[Entry, ...], registry: Registry, *, timeout_s: float = TI
         for thread in begun:
             thread.join(max(deadline - time.monotonic(), 0.001))
     return dict(said)
+
+
+def raise_open_files() -> None:
+    """Allow this process as many descriptors as it may have: hundreds of guests take three each."""
+    import resource  # noqa: PLC0415 (not on the path of create)
+
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connect(entry: Entry, registry: Registry, *, timeout_s: float) -> Monitor:

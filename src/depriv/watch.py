@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import select
 import signal
 from time import monotonic
@@ -24,6 +23,7 @@ from depriv.events import ClosedError, Events
 from depriv.gcruns import ALL, Runs
 from depriv.policy import happened
 from depriv.registry import Registry
+from depriv.status import raise_open_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run(state_dir: str, *, say: Callable[[str], None]) -> int:
         raise HostError("only root can watch guests", fix="run it with sudo")
     registry = Registry(os.path.abspath(state_dir))
     registry.prepare()
-    _raise_open_files()
+    raise_open_files()
     gc.freeze()  # what is there by now stays: no need to look through it again and again
     with (
         _alone(registry.folder),
@@ -475,10 +475,3 @@ def _wakeups() -> Generator[int]:
             signal.signal(number, action)
         os.close(ours)
         os.close(theirs)
-
-
-def _raise_open_files() -> None:
-    """Allow this process as many descriptors as it may have: it needs two per guest, and 1024 is the usual limit."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -247,14 +247,14 @@ class CommandLine:
 
 
 def await_end(pid: int, *, within_s: float = 10.0) -> bool:
-    """Return whether a process that need not be a child of ours is gone, or becomes so in time."""
+    """Return whether a process that need not be a child of ours is gone, or becomes so in time, with all its threads."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
-            os.kill(pid, 0)
             with open(f"/proc/{pid}/stat", "rb") as file:
-                if file.read().rpartition(b") ")[2][:1] == b"Z":
-                    return True
+                fields = file.read().rpartition(b") ")[2].split()
+            if fields[0] == b"Z" and int(fields[17]) <= 1:  # num_threads, proc_pid_stat(5)
+                return True
         except (ProcessLookupError, FileNotFoundError):
             return True
         time.sleep(0.01)
