@@ -247,7 +247,7 @@ class CommandLine:
 
 
 def await_end(pid: int, *, within_s: float = 10.0) -> bool:
-    """Return whether a process that need not be a child of ours is gone, or becomes so in time, with all its threads."""
+    """Return whether a process, which need not be a child of ours, is gone or becomes so in time, all threads of it."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
