@@ -154,9 +154,10 @@ def test_lock_that_somebody_holds_is_seen(ground: Ground, tmp_path: Path, undo: 
     process = sleeper(undo, sys.executable, "-c", f"{script}; time.sleep(60)", str(other))
     assert process.stdout is not None
     process.stdout.readline()
-    seen = found(ground)
-    assert len(seen) == 1
-    assert f"lock on {path}" in seen[0]
+    # Where the tests are alone in their pid namespace, its holder is a finding of its own.
+    locks = [what for what in found(ground) if not what.startswith("process ")]
+    assert len(locks) == 1
+    assert f"lock on {path}" in locks[0]
 
 
 def test_descriptor_that_is_not_closed_is_seen(ground: Ground, tmp_path: Path) -> None:

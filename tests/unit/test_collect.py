@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import subprocess
 import sys
 import threading
@@ -21,8 +22,10 @@ from depriv import cgroup, collect, proc, status
 from depriv.cgroup import find_cgroup, folder_name, remove_cgroup, remove_folder
 from depriv.collect import clear, of_entry, strays, survey, tidy
 from depriv.ending import forget
+from depriv.identity import RANGE_BASE
 from depriv.recover import of_the_range
 from depriv.registry import Registry
+from depriv.setup import remove_setup, run_setup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +46,18 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
         if leaf.folder == folder_name(made.folder):
             remove_cgroup(leaf.path)
             remove_folder(os.path.dirname(leaf.path))
+
+
+@pytest.fixture
+def users() -> Iterator[None]:
+    """Have the users of the range, on a host that is afterwards as it was."""
+    need(os.geteuid() == 0, what="root")
+    made = RANGE_BASE not in {user.pw_name for user in pwd.getpwall()}
+    if made:
+        run_setup()
+    yield
+    if made:
+        remove_setup()
 
 
 def add(registry: Registry, made: Entry) -> Entry:
@@ -363,12 +378,12 @@ def test_what_does_not_die_becomes_a_quarantined_domain_and_is_cleared_once_it_c
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.usefixtures("users")
 def test_process_with_a_uid_of_the_range_and_of_no_domain_is_a_stray_of_the_hosts_own_registry_and_ended(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uid = of_the_range(DOMID)[0]
-    need(bool(uid), what="range")
+    assert uid
     mine: tuple[collect.Due, ...] = ()
     results: list[str] = []
     for _ in range(5):  # in a test of the command line beside us another may be the host's own, and faster
@@ -391,12 +406,13 @@ def test_process_with_a_uid_of_the_range_and_of_no_domain_is_a_stray_of_the_host
 
 
 @pytest.mark.root
+@pytest.mark.usefixtures("users")
 def test_process_of_a_domain_of_any_registry_is_no_stray(
     registry: Registry, leaf: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collect, "STATE_DIR", registry.folder)
     uid = of_the_range(DOMID)[0]
-    need(bool(uid), what="range")
+    assert uid
     with process_with(uid, leaf) as process:
         assert [due for due in strays(registry) if due.domid == DOMID] == []
         # Not even if it was one a moment ago: its cgroup may be that of a guest of another registry.
