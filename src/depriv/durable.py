@@ -165,8 +165,8 @@ def _open_lock(path: str, what: str) -> int:
             if error.errno != errno.EROFS:
                 raise
             fd = os.open(path, os.O_RDONLY | flags)  # flock(2) asks for no more
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{what} is gone", fix="see depriv list") from error
+    except FileNotFoundError:
+        raise NotFoundError(f"{what} is gone: it was removed meanwhile", fix="see depriv list") from None
     except OSError as error:
         fix = "run this as root" if isinstance(error, PermissionError) else f"see what it is: ls -l {path}"
         raise HostError(f"cannot lock {what}", fix=fix) from error

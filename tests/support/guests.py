@@ -262,12 +262,12 @@ def await_end(pid: int, *, within_s: float = 10.0) -> bool:
 
 
 def stop(pid: int) -> None:
-    """Stop a process and wait until it stands."""
+    """Stop a process and wait until it stands; or has ended, as it may in the same moment."""
     os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            if file.read().rpartition(b") ")[2][:1] == b"T":
+            if file.read().rpartition(b") ")[2][:1] in (b"T", b"Z"):
                 return
         time.sleep(0.01)
     raise AssertionError(f"process {pid} does not stop")
