@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start domains, and see how they are. While they run, nothing of depriv does: no daemon, no process per guest.
+"""Start domains, and start them again. While they run, nothing of this does: no daemon, no process per guest.
 
 A start goes: reserve the ids; jail (a separate process) up to QEMU's exec; QMP says "prelaunch"; empty QEMU's root;
 audit; only then release the jail and let the guest run. Until the release, whatever goes wrong ends in nothing:

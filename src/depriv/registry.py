@@ -20,6 +20,7 @@ from depriv.entry import Entry, decode, encode
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.host import STATE_DIR
 from depriv.identity import DOMID_FIRST, DOMID_LAST
+from depriv.policy import ENDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ REUSE_DELAY_S = 60  # libxl's LIBXL_DOMID_REUSE_TIMEOUT
 _COPY, _STATE = "state.copy", "state.json"  # the copy first: what is read first is never the older one
 _FILES = ("boot", "ended", "history.json", _COPY, _STATE)  # all that is written here
 _GONE = "gone-"  # a domain's folder on its way out
-ENDS = ("poweroff", "reboot", "crash", "host")
 
 
 class Registry:
@@ -286,9 +286,10 @@ class Registry:
             os.unlink(f"{self.directory(domid)}/ended")
 
     def empty_folders(self) -> tuple[int, ...]:
-        """Return the domids of folders without an entry. The registry must be locked.
+        """Return the domids of folders without an entry.
 
-        An entry is written under that lock: what has none was left by a start that was killed right there.
+        An entry is written under the registry's lock: with that held, what has none was left by a start that was
+        killed right there; without it, one may be about to be written.
         """
         return tuple(domid for domid in self.domids() if not self._has_entry(domid))
 
