@@ -19,7 +19,8 @@ from depriv import durable, proc
 from depriv.collect import lived_s
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.identity import DOMID_FIRST, DOMID_LAST
-from depriv.registry import ENDS, REUSE_DELAY_S, Registry
+from depriv.policy import ENDS
+from depriv.registry import REUSE_DELAY_S, Registry
 
 if TYPE_CHECKING:
     from depriv.entry import Entry
