@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import lifecycle, proc, status
+from depriv import launching, lifecycle, proc, status
 from depriv.durable import BusyError
 from depriv.errors import ConfigError, DeprivError, HostError, NotFoundError
 from depriv.host import CACHE_DIR, STATE_DIR
@@ -18,11 +18,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from depriv.assembly import Launch
     from depriv.collect import Done, Due
     from depriv.config import Domain
     from depriv.entry import Entry
     from depriv.lifecycle import Started
-    from depriv.planner import Launch
     from depriv.report import AuditReport
     from depriv.spawn import Jail
 
@@ -76,7 +76,7 @@ class Guest:
         Raises:
             HostError: it has not started, or this is not root.
         """
-        return lifecycle.audit_domain(self._entry, self._registry)
+        return launching.audit_domain(self._entry, self._registry)
 
     def console(self) -> bytes:
         """Return what the guest has written to its serial port: the last MiB of it, as it came.
@@ -112,7 +112,7 @@ class Toolstack:
     def __init__(self, *, state_dir: str = STATE_DIR, cache_dir: str = CACHE_DIR) -> None:
         """Take the folders; nothing is touched yet."""
         self.registry = Registry(state_dir)
-        self._cache_dir = cache_dir
+        self.cache_dir = cache_dir
 
     def plan(self, config: Domain) -> Launch:
         """Return how ``config`` would be started. Touches nothing, needs no root.
@@ -130,7 +130,7 @@ class Toolstack:
             if os.geteuid() == 0:
                 raise
             holdings, domid = (), 1  # only root sees who else there is
-        host = look(config, domid=domid, holdings=holdings, state_dir=self.registry.folder, cache_dir=self._cache_dir)
+        host = look(config, domid=domid, holdings=holdings, state_dir=self.registry.folder, cache_dir=self.cache_dir)
         return plan(config, host)
 
     def create(
@@ -159,7 +159,7 @@ class Toolstack:
     ) -> Started:
         """Do what ``create`` does and return all there is to know of the start: audit and times."""
         _check_config(config)
-        return lifecycle.create(config, self.registry, cache_dir=self._cache_dir, paused=paused, warn=warn, jail=jail)
+        return lifecycle.create(config, self.registry, cache_dir=self.cache_dir, paused=paused, warn=warn, jail=jail)
 
     def guests(self) -> tuple[Guest, ...]:
         """Return every domain, in order of domid."""
@@ -194,7 +194,7 @@ class Toolstack:
             self.registry.prepare()
         asked = map(self.registry.read, domids) if domids else self.registry.entries()
         said = status.ask(tuple(entry for entry in asked if entry is not None), self.registry)
-        due = collect.survey(self.registry, cache_dir=self._cache_dir, said=said, restart=restart, only=domids)
+        due = collect.survey(self.registry, cache_dir=self.cache_dir, said=said, restart=restart, only=domids)
         if not domids:
             due += collect.strays(self.registry)
         if dry_run:
@@ -213,7 +213,7 @@ class Toolstack:
             return collect.clear(due, self.registry, said)
         warnings: list[str] = []
         try:
-            new = lifecycle.restart(due.entry, self.registry, said, cache_dir=self._cache_dir, warn=warnings.append)
+            new = lifecycle.restart(due.entry, self.registry, said, cache_dir=self.cache_dir, warn=warnings.append)
         except NotFoundError as error:
             return collect.outcome(due, "gone", cause=str(error))
         except BusyError as error:
@@ -281,7 +281,7 @@ def audit_process(pid: int, host: Toolstack) -> AuditReport:
 
     for entry in host.registry.entries():
         if entry.expected is not None and entry.expected.pid == pid and host.registry.life(entry) != "dead":
-            return lifecycle.audit_domain(entry, host.registry)
+            return launching.audit_domain(entry, host.registry)
     if proc.is_kernel_thread(pid):
         raise HostError(f"process {pid} is a thread of the kernel, not a QEMU", fix="find those with: pgrep -a qemu")
     return audit(pid, expected=None)

@@ -26,6 +26,7 @@ _ONCE = (
     steps.DropCapabilities,
     steps.SetIds,
     steps.NoNewPrivs,
+    steps.Filter,
     steps.Execute,
 )
 # ... and with dm_restrict=0 these remain: never root, no capability, killed whole.
@@ -140,10 +141,12 @@ def _check_execute(plan: Plan) -> None:
     for step in plan.steps:
         if isinstance(step, steps.MakeFifo):
             numbers += step.numbers
-        if isinstance(step, (steps.OpenFile, steps.ListenUnix)) and step.number >= 0:
+        if isinstance(step, (steps.OpenFile, steps.TakeFd, steps.ListenUnix)) and step.number >= 0:
             numbers.append(step.number)
-        if isinstance(step, steps.MakeNode) and _NODES.get(step.path) != (step.major, step.minor):
+        if isinstance(step, steps.MakeNode) and not _is_needed(step):
             raise ValueError(f"no device model needs the device {step.major}:{step.minor} as {step.path}")
+        if isinstance(step, steps.BindTree) and step.devices and step.source != "/dev/pts":
+            raise ValueError(f"no device model needs the devices in {step.source}")
         if isinstance(step, steps.OpenFile) and (step.access not in ("ro", "rw") or step.kind not in _KINDS):
             raise ValueError(f"{step.role}: access {step.access!r} or kind {step.kind!r} is none we know")
     in_range = all(0 <= number <= _FD_MAX for number in numbers)
@@ -154,36 +157,45 @@ def _check_execute(plan: Plan) -> None:
         raise ValueError("QEMU has to start stopped: -S")
 
 
-_NODES = {"/dev/null": (1, 3), "/dev/kvm": (10, 232)}  # Documentation/admin-guide/devices.txt
+# Documentation/admin-guide/devices.txt
+_NODES = {"/dev/null": (1, 3), "/dev/kvm": (10, 232), "/dev/ptmx": (5, 2)}
+# Misc devices with numbers of the kernel's choice. Source: drivers/xen/{privcmd,evtchn,gntdev,xenbus}, Linux 6.1
+_XEN_NODES = tuple(f"/dev/xen/{name}" for name in ("privcmd", "hypercall", "evtchn", "gntdev", "xenbus"))
+_MISC_MAJOR = 10
 _KINDS = ("file", "block", "char")
 _FD_MAX = 99  # the jail keeps its own descriptors above
 
 
+def _is_needed(step: steps.MakeNode) -> bool:
+    if step.path in _XEN_NODES:
+        return step.major == _MISC_MAJOR
+    return _NODES.get(step.path) == (step.major, step.minor)
+
+
 def _check_restricted(plan: Plan) -> None:
     """What dm_restrict=1 promises is in the plan."""
-    limits: list[str] = []
-    detached: set[str] = set()
-    mounted: set[str] = set()
-    for step in (*plan.steps, *plan.after):
-        match step:
-            case steps.Unshare() if set(step.namespaces) != set(NAMESPACES):
-                raise ValueError(f"Unshare has to name {' '.join(NAMESPACES)}")
-            case steps.SetLimit():
-                limits.append(step.name)
-            case steps.BindTree():
-                mounted.add(step.target)
-            case steps.MakePrivate():
-                mounted.add(step.path)
-            case steps.EmptyRoot():
-                detached.update(step.detach)
-            case steps.Execute():
-                _check_argv(step.argv)
-            case _:
-                pass
-    if sorted(limits) != sorted(_LIMITS):
+    spaces = tuple(name for name in NAMESPACES if not (plan.keep_net and name == "net"))
+    for step in plan.steps:
+        if isinstance(step, steps.Unshare) and set(step.namespaces) != set(spaces):
+            raise ValueError(f"Unshare has to name {' '.join(spaces)}")
+        if isinstance(step, steps.Execute):
+            _check_argv(step.argv)
+    limits = sorted(step.name for step in plan.steps if isinstance(step, steps.SetLimit))
+    if limits != sorted(_LIMITS):
         raise ValueError(f"the limits have to be {' '.join(_LIMITS)}, each once")
-    if mounted != detached:
+    _check_emptied(plan)
+
+
+def _check_emptied(plan: Plan) -> None:
+    """Whatever is mounted in the root, and every device node in it, is gone after the start."""
+    mounted = {step.target for step in plan.steps if isinstance(step, steps.BindTree)}
+    mounted |= {step.path for step in plan.steps if isinstance(step, steps.MakePrivate)}
+    nodes = {step.path for step in plan.steps if isinstance(step, steps.MakeNode)} - {"/dev/null"}
+    emptied = [step for step in plan.after if isinstance(step, steps.EmptyRoot)]
+    if mounted != {path for step in emptied for path in step.detach}:
         raise ValueError("what is mounted in the root and what is detached after the start differ")
+    if not nodes <= {path for step in emptied for path in step.remove}:
+        raise ValueError("a device node would stay in the root after the start")
 
 
 def _options(argv: tuple[str, ...]) -> list[str]:
@@ -192,8 +204,11 @@ def _options(argv: tuple[str, ...]) -> list[str]:
 
 
 def _check_argv(argv: tuple[str, ...]) -> None:
-    for option in ("-nodefaults", "-no-user-config", "-sandbox"):
-        if _options(argv).count(option) != 1:
+    options = _options(argv)
+    for option in ("-no-user-config", "-sandbox"):
+        if options.count(option) != 1:
             raise ValueError(f"QEMU's command line has {option} exactly once")
+    if not {"-nodefaults", "-nic", "-netdev", "-net"} & set(options):
+        raise ValueError("without -nodefaults QEMU makes a network card, and its network by itself: say which")
     if argv[argv.index("-sandbox") + 1 : argv.index("-sandbox") + 2] != (SANDBOX,):
         raise ValueError("-sandbox has to deny every group")

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        words, qemu = _split(words)
         arguments = parser(words[0] if words else "").parse_args(words)
+        if qemu is not None and words[0] not in ("run", "plan"):
+            raise ConfigError(f"{words[0]} takes no --", fix=f"see depriv {words[0]} --help")
+        if words[0] in ("run", "plan"):
+            arguments.qemu = qemu
         act: Callable[[argparse.Namespace], int] = arguments.act
         status = act(arguments)
         _flush()
@@ -52,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return HostError.exit_status
     except KeyboardInterrupt:
         return 130
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """Return our words, and those of QEMU after the first ``--``: they are never argparse's to look at."""
+    if "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
 
 
 def _flush() -> None:
@@ -155,8 +168,31 @@ def _name_option(made: argparse.ArgumentParser) -> None:
 
 
 def _plan_options(made: argparse.ArgumentParser) -> None:
-    _file_options(made)
+    made.usage = "depriv plan [--json] FILE [KEY=VALUE ...]\n       depriv plan [--json] [options of run] -- QEMU ..."
+    made.add_argument("file", metavar="FILE", nargs="?", help="configuration, see depriv.cfg(5)")
+    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="as if at the end of the file")
     _json_option(made)
+    _qemu_options(made)
+
+
+def _run_options(made: argparse.ArgumentParser) -> None:
+    made.usage = "depriv run [options] -- QEMU ..."
+    _qemu_options(made)
+
+
+def _qemu_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--name", metavar="NAME", default="", help="the domain's name; default: that of -name")
+    made.add_argument("--user", metavar="USER", default="", help="run QEMU as this user instead of one of the range")
+    made.add_argument("--keep-net", action="store_true", help="leave QEMU in the host's network (said aloud)")
+    made.add_argument("--probe-format", action="store_true", help="have qemu-img, jailed, find formats not given")
+
+
+def _shim_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("directory", metavar="DIR", help="where to write them; it may be there already")
+    made.add_argument("--qemu", metavar="PATH", default="", help="only for this QEMU; default: all of this host")
+    made.add_argument("--user", metavar="USER", default="", help="as for run")
+    made.add_argument("--keep-net", action="store_true", help="as for run")
+    made.add_argument("--probe-format", action="store_true", help="as for run")
 
 
 def _create_options(made: argparse.ArgumentParser) -> None:
@@ -211,39 +247,28 @@ def check(arguments: argparse.Namespace) -> int:
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Print everything that a start would open, unshare, drop and execute."""
-    from depriv.codec import as_json
-    from depriv.steps import Execute, describe
+    from depriv import cli_qemu
 
-    config = _load(arguments)
-    launch = _toolstack().plan(config)
-    plan = launch.plan
-    if arguments.json:
-        data = {
-            "domain": plan.domain,
-            "dm_restrict": plan.restricted,
-            "identity": launch.identity.as_dict(),
-            "accel": launch.accel,
-            "runtime": launch.runtime,
-            "steps": [as_json(step) for step in plan.steps],
-            "after": [as_json(step) for step in plan.after],
-            "warnings": list(launch.warnings),
-        }
-        print(json.dumps(data, indent=2))
-        return 0
-    for text in launch.warnings:
-        print(f"warning: {text}")
-    who = launch.identity
-    print(f"{plan.domain} would run as {who.uid}:{who.gid} ({who.how}) with {launch.accel}:")
-    for number, step in enumerate(plan.steps, 1):
-        print(f"{number:3}. {describe(step)}")
-    execute = plan.steps[-1]
-    if isinstance(execute, Execute):
-        print("     " + " ".join(_quoted(word) for word in execute.argv))
-        print("     with the environment " + " ".join(execute.environ))
-    for number, step in enumerate(plan.after, len(plan.steps) + 1):
-        print(f"{number:3}. when QEMU waits to run the guest: {describe(step)}")
-    print(f"{len(plan.steps) + len(plan.after) + 1:3}. audit it, and only if every check holds let the guest run")
+    if arguments.qemu is not None:
+        return cli_qemu.show_plan(arguments, _toolstack())
+    if arguments.file is None:
+        raise ConfigError("plan takes a configuration, or -- and a QEMU command line", fix="see depriv plan --help")
+    cli_qemu.print_launch(_toolstack().plan(_load(arguments)), as_json=arguments.json)
     return 0
+
+
+def run_qemu(arguments: argparse.Namespace) -> int:
+    """Run a QEMU command line confined; the status is QEMU's own."""
+    from depriv import cli_qemu
+
+    return cli_qemu.run(arguments, _toolstack())
+
+
+def shim(arguments: argparse.Namespace) -> int:
+    """Write programs under QEMU's own names that run it confined."""
+    from depriv import cli_qemu
+
+    return cli_qemu.shim(arguments)
 
 
 def create(arguments: argparse.Namespace) -> int:
@@ -413,11 +438,6 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def _quoted(word: str) -> str:
-    plain = all(char.isalnum() or char in "-_./:=,+@%" for char in word)
-    return word if plain and word else "'" + word.replace("'", "'\\''") + "'"
-
-
 def _no_options(_made: argparse.ArgumentParser) -> None:
     """Take none."""
 
@@ -425,6 +445,8 @@ def _no_options(_made: argparse.ArgumentParser) -> None:
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]]] = {
     "check": ("read a configuration, say what is wrong with it", check, _file_options),
     "plan": ("show what create would do, and touch nothing", show_plan, _plan_options),
+    "run": ("run a QEMU command line confined, in the foreground", run_qemu, _run_options),
+    "shim": ("write programs under QEMU's own names that run it confined", shim, _shim_options),
     "create": ("start a domain, confined and audited", create, _create_options),
     "list": ("list the domains of this host", show_list, _list_options),
     "console": ("print what a guest has written to its serial port", console, _console_options),

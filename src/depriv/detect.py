@@ -49,32 +49,42 @@ def look(
         paths += [disk.target, *(layer.target for layer in disk.chain)]
     ovmf = next((path for path in _OVMF if os.path.exists(path)), "") if config.bios == "ovmf" else ""
     paths.append(ovmf)
-    program = find_program(config.device_model_override)
-    dirs, links = root_layout(program.path)
+    host = look_host(
+        program=config.device_model_override, device_model_user=config.device_model_user, domid=domid, holdings=holdings
+    )
+    return host.replace(
+        files=tuple(look_at(path) for path in dict.fromkeys(filter(None, paths))),
+        ovmf=ovmf,
+        cgroup_folder=folder_name(state_dir),
+        state_dir=state_dir,
+        cache_dir=cache_dir,
+    )
+
+
+def look_host(*, program: str, device_model_user: str, domid: int, holdings: tuple[Holding, ...]) -> Host:
+    """Return the facts that do not depend on what is started; ``program`` "" is the host's own QEMU."""
+    found = find_program(program)
+    dirs, links = root_layout(found.path)
     cgroup, version = find_cgroup()
-    accounts = accounts_for(device_model_user=config.device_model_user, domid=domid)
+    accounts = accounts_for(device_model_user=device_model_user, domid=domid)
     return Host(
         root=os.geteuid() == 0,
-        program=program,
+        program=found,
         accounts=accounts,
-        strangers=_strangers(config.device_model_user, accounts),
-        files=tuple(look_at(path) for path in dict.fromkeys(filter(None, paths))),
+        strangers=_strangers(device_model_user, accounts),
         holdings=holdings,
         domid=domid,
         memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
         cpus=os.cpu_count() or 1,
+        processor=os.uname().machine,
         kvm=has_virtualisation(),
         kvm_node=device_number("/dev/kvm"),
         xen=os.path.exists("/proc/xen/capabilities"),
-        ovmf=ovmf,
         cgroup_dir=cgroup,
-        cgroup_folder=folder_name(state_dir),
         cgroup_version=version,
         root_dirs=dirs,
         root_links=links,
         utc_offset_s=time.localtime().tm_gmtoff,
-        state_dir=state_dir,
-        cache_dir=cache_dir,
     )
 
 
@@ -106,6 +116,29 @@ def find_program(override: str) -> Program:
     return Program(
         path=path, dev=have.st_dev, ino=have.st_ino, size=have.st_size, mtime_ns=have.st_mtime_ns, problem=problem
     )
+
+
+def find_in_path(name: str) -> str:
+    """Return the path of a program as a shell would find it, or ``name`` itself if it has a slash in it."""
+    if "/" in name:
+        return name if name.startswith("/") else f"{os.getcwd()}/{name}"
+    for folder in os.environ.get("PATH", os.defpath).split(":"):
+        path = f"{folder or '.'}/{name}"
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+    return f"/usr/bin/{name}"  # not there: the error says so
+
+
+def all_programs() -> tuple[str, ...]:
+    """Return the paths of all system emulators in /usr/bin."""
+    names = (name for name in sorted(os.listdir("/usr/bin")) if name.startswith("qemu-system-"))
+    return tuple(f"/usr/bin/{name}" for name in names if os.access(f"/usr/bin/{name}", os.X_OK))
+
+
+def find_tool(name: str) -> str:
+    """Return the path of a tool of the system, or ""."""
+    candidates = (f"/usr/bin/{name}", f"/usr/sbin/{name}", f"/usr/local/bin/{name}")
+    return next((path for path in candidates if os.access(path, os.X_OK)), "")
 
 
 def root_layout(program: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

@@ -63,6 +63,11 @@ def finish(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float | N
 
 def forget(entry: Entry, registry: Registry) -> None:
     """Remove the entry of a domain of which nothing lives, and let its ids rest. The domain must be locked."""
+    for path, dev, ino in entry.left:
+        with contextlib.suppress(OSError):
+            have = os.lstat(path)
+            if (have.st_dev, have.st_ino) == (dev, ino):
+                os.unlink(path)
     with registry.locked():
         registry.remove(entry.domid, used=bool(entry.uid) or entry.state in ("damaged", "waiting"))
         if not registry.domids():

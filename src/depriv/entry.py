@@ -43,6 +43,7 @@ class Entry(Record):
     jail_pid: int = 0  # of the jail that starts it: it must be dead before an unfinished start is undone
     jail_starttime: int = 0
     images: tuple[tuple[int, int, int, bool], ...] = ()  # st_dev, st_ino, st_rdev, writable
+    left: tuple[tuple[str, int, int], ...] = ()  # path, st_dev, st_ino of files outside its folder that end with it
     config: dict[str, Any] | None = None  # what was asked for, as depriv.wanted writes it
     restarts: int = 0  # how many times in a row it was started again after a short life
     trouble: str = ""  # why it is quarantined, waiting or damaged
@@ -94,6 +95,7 @@ def decode(data: dict[str, Any]) -> Entry:
             expected["environ"] = tuple(expected["environ"])
             expected = Expected(**expected)
         data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
+        data["left"] = tuple((path, dev, ino) for path, dev, ino in data.get("left", ()))
         entry = Entry(**data, expected=expected)
     except (KeyError, TypeError, ValueError) as error:
         raise HostError("is not an entry of this version", cause=repr(error)[:200]) from error
@@ -106,6 +108,7 @@ def _is_of_its_types(entry: Entry) -> bool:
     """Tell whether every value is of its field's type: what is not is found here, not in the middle of an end."""
     plain: list[tuple[object, str]] = [(number, "int") for image in entry.images for number in image[:3]]
     plain += [(image[3], "bool") for image in entry.images]
+    plain += [(item, kind) for file in entry.left for item, kind in zip(file, ("str", "int", "int"), strict=True)]
     records: list[Record] = [entry]
     if entry.expected is not None:
         records += [entry.expected, *entry.expected.limits, *entry.expected.grants]

@@ -66,9 +66,11 @@ class Host(Record):
     domid: int = 1  # the next free one
     memory_mib: int = 0  # total; 0: not known
     cpus: int = 1
+    processor: str = "x86_64"  # as uname(2) has it
     kvm: bool = False  # hardware virtualisation that can run a guest
     kvm_node: tuple[int, int] = (0, 0)  # device number of /dev/kvm; 0, 0: there is none
     xen: bool = False
+    xen_nodes: tuple[tuple[str, int, int], ...] = ()  # what is in /dev/xen: name, major, minor
     ovmf: str = ""  # OVMF image with code and variables in one file; "": none is installed
     cgroup_dir: str = ""  # where domains get their cgroups; "": no cgroup file system is mounted
     cgroup_folder: str = "depriv"  # the registry's folder in there
@@ -85,3 +87,22 @@ class Host(Record):
             if facts.path == path:
                 return facts
         return FileFacts(path=path, kind="missing", detail="not looked at")
+
+
+def unfit(facts: FileFacts, want: str) -> tuple[str, str]:
+    """Return why a file of the wrong kind cannot be used, and what to do about it. ``want`` is the kind that can."""
+    causes = {
+        "missing": ("it does not exist", "make it, or correct the path"),
+        "unreadable": (facts.detail or "it cannot be read", "correct the path, or what keeps root from reading it"),
+        "symlink": (
+            f"it is a symbolic link to {facts.detail}; a link could be pointed elsewhere between check and use",
+            f"name the file itself: {facts.detail}",
+        ),
+        "directory": ("it is a directory", "name a file in it"),
+        "fifo": ("it is a FIFO", "name a regular file or a block device"),
+        "socket": ("it is a socket", "name a regular file or a block device"),
+        "char": ("it is a character device", "name a regular file or a block device"),
+        "block": ("it is a block device", "name a regular file"),
+        "file": ("it is a regular file", f"name {want}"),
+    }
+    return causes.get(facts.kind, (f"it is of kind {facts.kind}", f"name {want}"))

@@ -18,29 +18,24 @@ from depriv import collect, proc, runtime, status
 from depriv.detect import look
 from depriv.ending import end_processes, finish, forget, quarantine
 from depriv.entry import Entry
-from depriv.errors import DeprivError, HostError, JailError, MonitorError, NotFoundError, PlanError
-from depriv.guestlog import Log, start_fix
+from depriv.errors import DeprivError, JailError, NotFoundError, PlanError
+from depriv.launching import bring_up, discover
 from depriv.planner import plan, plan_discovery, refuse_name
 from depriv.policy import restarts_after
-from depriv.report import Expected, Grant, Limit
 from depriv.spawn import Jail
-from depriv.steps import OpenFile, SetLimit
 from depriv.wanted import to_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
+    from depriv.assembly import Launch
     from depriv.config import Domain
-    from depriv.host import Holding
-    from depriv.planner import Launch
-    from depriv.qmp import Monitor
+    from depriv.host import Holding, Host
+    from depriv.launching import Running
     from depriv.registry import Registry
     from depriv.report import AuditReport
-    from depriv.spawn import Launched
-
-START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
-QMP_TIMEOUT_S = 10.0
 
 
 class Started:
@@ -52,6 +47,56 @@ class Started:
         self.report = report
         self.launch = launch
         self.times = times
+
+
+class Wish:
+    """What is to be started, however it was asked for: how to look at the host for it, and how to plan it."""
+
+    def __init__(self, config: Domain, registry: Registry, cache_dir: str) -> None:
+        """Take a configuration; :mod:`depriv.foreground` has another kind, for command lines."""
+        self._config = config
+        self._registry = registry
+        self._cache_dir = cache_dir
+        self.name = config.name
+        self.restricted = config.dm_restrict
+        self.facts: dict[str, Any] = {  # of the entry
+            "restricted": config.dm_restrict,
+            "memory_mib": config.memory_mib,
+            "vcpus": config.vcpus,
+            "accel": config.accel,
+            "config": to_data(config),
+        }
+
+    def domid(self) -> int:
+        """Return which domid it is to have; the registry is locked."""
+        return self._registry.next_domid()
+
+    def refuse_name(self, others: tuple[Holding, ...]) -> None:
+        """Refuse a name that another domain has."""
+        refuse_name(self.name, others, self._config.place("name"))
+
+    def look(self, domid: int, others: tuple[Holding, ...]) -> Host:
+        """Return the host's facts."""
+        folders = {"state_dir": self._registry.folder, "cache_dir": self._cache_dir}
+        return look(self._config, domid=domid, holdings=others, **folders)
+
+    def plan(self, host: Host) -> Launch:
+        """Return how it is started."""
+        return plan(self._config, host)
+
+    def plan_discovery(self, host: Host) -> Launch:
+        """Return its dry run."""
+        return plan_discovery(self._config, host)
+
+    def prepare(self) -> None:
+        """Do what has to be done before the jail: nothing, for a configuration."""
+
+    def see_through(self, running: Running, *, paused: bool) -> None:
+        """Let the guest run, or not, once all is audited."""
+        # Up to here the jail kills QEMU if this process dies. From here on the entry answers for it.
+        running.jail.release()
+        if not paused:
+            running.cont()
 
 
 def create(  # noqa: PLR0913 (some of them are for callers that want to know more or be faster)
@@ -81,6 +126,24 @@ def create(  # noqa: PLR0913 (some of them are for callers that want to know mor
         DeprivError: it did not start, why, and what to do. Nothing is left of it, but that ids which somebody who does
             not die still has are kept from use.
     """
+    wish = Wish(config, registry, cache_dir)
+    return start(
+        wish, registry, cache_dir=cache_dir, paused=paused, warn=warn, jail=jail, instead=instead, restarts=restarts
+    )
+
+
+def start(  # noqa: PLR0913 (as above)
+    wish: Wish,
+    registry: Registry,
+    *,
+    cache_dir: str,
+    paused: bool,
+    warn: Callable[[str], None],
+    jail: Jail | None = None,
+    instead: Entry | None = None,
+    restarts: int = 0,
+) -> Started:
+    """Do what ``create`` does, for any kind of wish."""
     times = [("begin", time.monotonic())]
     if os.geteuid() != 0:
         raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
@@ -88,14 +151,13 @@ def create(  # noqa: PLR0913 (some of them are for callers that want to know mor
     ready = jail or Jail()
     with contextlib.ExitStack() as kept:
         kept.enter_context(ready)
-        _make_room(config.name, registry, cache_dir, warn)
+        _make_room(wish.name, registry, cache_dir, warn)
         for attempts_left in (2, 1, 0):
             try:
                 entry, report, launch = _start(
-                    config,
+                    wish,
                     registry,
                     ready,
-                    cache_dir=cache_dir,
                     paused=paused,
                     warn=warn,
                     times=times,
@@ -126,11 +188,10 @@ def _make_room(name: str, registry: Registry, cache_dir: str, warn: Callable[[st
 
 
 def _start(  # noqa: PLR0913 (what one start is made of)
-    config: Domain,
+    wish: Wish,
     registry: Registry,
     jail: Jail,
     *,
-    cache_dir: str,
     paused: bool,
     warn: Callable[[str], None],
     times: list[tuple[str, float]],
@@ -144,27 +205,35 @@ def _start(  # noqa: PLR0913 (what one start is made of)
     """
     with contextlib.ExitStack() as held:
         with registry.locked():
-            entry = _reserve(config, registry, jail, restarts)
+            entry = _reserve(wish, registry, jail, restarts)
             others = _holdings(registry, entry, instead)
-            refuse_name(config, others)
+            wish.refuse_name(others)
             registry.add(entry, held)
         try:
-            host = look(config, domid=entry.domid, holdings=others, state_dir=registry.folder, cache_dir=cache_dir)
-            launch = plan(config, host)
+            host = wish.look(entry.domid, others)
+            launch = wish.plan(host)
             with registry.locked():
                 others = _holdings(registry, entry, instead)
                 if others != host.holdings:  # somebody else's start or end came first: he may have what we planned for
                     host = host.replace(holdings=others)
-                    launch = plan(config, host)
+                    launch = wish.plan(host)
                 entry = _committed(entry, launch)
                 registry.save(entry)
             times.append(("plan", time.monotonic()))
             for text in launch.warnings:
                 warn(text)
-            if config.dm_restrict:
-                runtime.ensure(launch, lambda: _discover(plan_discovery(config, host), entry, registry))
+            if wish.restricted:
+                runtime.ensure(launch, lambda: discover(wish.plan_discovery(host), entry, registry))
             times.append(("runtime", time.monotonic()))
-            entry, report = _launch(launch, entry, registry, jail, paused=paused, times=times)
+            wish.prepare()
+            entry, report = bring_up(
+                launch,
+                entry,
+                registry,
+                jail,
+                see_through=lambda running: wish.see_through(running, paused=paused),
+                times=times,
+            )
             if instead is not None:
                 with registry.locked():
                     registry.remove(instead.domid)
@@ -195,20 +264,16 @@ def _holdings(registry: Registry, own: Entry, instead: Entry | None) -> tuple[Ho
     )
 
 
-def _reserve(config: Domain, registry: Registry, jail: Jail, restarts: int) -> Entry:
+def _reserve(wish: Wish, registry: Registry, jail: Jail, restarts: int) -> Entry:
     """Return the entry that keeps name and domid; who it runs as and what it opens is not known yet."""
     return Entry(
-        name=config.name,
-        domid=registry.next_domid(),
+        name=wish.name,
+        domid=wish.domid(),
         state="starting",
         uid=0,
         gid=0,
         reaper_uid=0,
         shared=False,
-        restricted=config.dm_restrict,
-        memory_mib=config.memory_mib,
-        vcpus=config.vcpus,
-        accel=config.accel,
         cgroup="",
         boot_id=registry.boot_id,
         created_boot_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
@@ -217,8 +282,8 @@ def _reserve(config: Domain, registry: Registry, jail: Jail, restarts: int) -> E
         toolstack_starttime=proc.start_time(os.getpid()),
         jail_pid=jail.pid,
         jail_starttime=proc.start_time(jail.pid),
-        config=to_data(config),
         restarts=restarts,
+        **wish.facts,
     )
 
 
@@ -296,187 +361,6 @@ def _ended(entry: Entry, registry: Registry) -> Entry:
     registry.save(entry)
     registry.forget_end(entry.domid)
     return entry
-
-
-def _launch(  # noqa: PLR0913 (what one start is made of)
-    launch: Launch,
-    entry: Entry,
-    registry: Registry,
-    jail: Jail,
-    *,
-    paused: bool,
-    times: list[tuple[str, float]],
-) -> tuple[Entry, AuditReport]:
-    """From the plan to a guest that runs, its QEMU confined, audited and released."""
-    launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
-    times += [(f"jail: {name}", at) for name, at in launched.times]
-    with (
-        status.closing(launched.pidfd),
-        Log(f"{launch.directory}/log") as log,
-        _await_prelaunch(launch, launched, log) as monitor,
-    ):
-        from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
-
-        times.append(("prelaunch", time.monotonic()))
-        _refuse_lockless(log)
-        if launch.plan.after:
-            jail.empty_root(timeout_s=QMP_TIMEOUT_S)
-        times.append(("empty root", time.monotonic()))
-        entry = entry.replace(expected=_expected(launch, entry, launched))
-        report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
-        _refuse_unless_it_holds(report, launch)
-        times.append(("audit", time.monotonic()))
-        entry = entry.replace(state="running")
-        registry.save(entry)
-        times.append(("registry", time.monotonic()))
-        # Up to here the jail kills QEMU if this process dies. From here on the entry answers for it.
-        jail.release()
-        if not paused:
-            monitor.execute("cont", timeout_s=QMP_TIMEOUT_S)
-        times.append(("run", time.monotonic()))
-    return entry, report
-
-
-def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
-    """Let no guest run whose restrictions do not all hold.
-
-    Two may be off, if asked for: dm_restrict by its key, and that no other has its uid by naming the shared user.
-    """
-    wrong = [check for check in report.checks if not check.holds]
-    if not launch.plan.restricted:
-        wrong = [check for check in wrong if check.id != "dm_restrict"]
-    if launch.plan.shared:
-        wrong = [check for check in wrong if check.id != "alone"]
-    if wrong:
-        raise JailError(
-            "the guest was not let run: not every restriction holds",
-            cause="; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong),
-            fix="run depriv doctor; if it finds nothing, this is a fault of depriv: please report it",
-        )
-
-
-def _await_prelaunch(launch: Launch, launched: Launched, log: Log) -> Monitor:
-    """Have QEMU say over QMP that it waits before the guest's first instruction; return the connection."""
-    from depriv.qmp import Monitor  # noqa: PLC0415 (imported while QEMU starts, which takes longer)
-
-    try:
-        netns_of = launched.pidfd if launch.plan.restricted else -1
-        monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S, netns_of=netns_of)
-        try:
-            if status.status(monitor, QMP_TIMEOUT_S) != "prelaunch":
-                raise MonitorError("QEMU does not wait for the word to run the guest")  # noqa: TRY301 (one handler)
-        except BaseException:
-            monitor.close()
-            raise
-        return monitor
-    except MonitorError as error:
-        said = log.text()
-        end = _how_it_ended(launched)
-        if not end and not said:
-            raise
-        raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=start_fix(said)) from error
-
-
-def _refuse_lockless(log: Log) -> None:
-    """Hold QEMU to its image locks: where it cannot take them it only says so in its log, and goes on."""
-    said = log.text()
-    if "lock" in said.lower():
-        raise MonitorError("QEMU works without image locks", cause=said)
-
-
-def _how_it_ended(launched: Launched) -> str:
-    try:  # the jail is its parent and still has not waited: the number is nobody else's
-        begun = proc.start_time(launched.pid)
-        state = proc.alive(launched.pid, begun)
-        if state == "dead-leader":  # as every process with threads is for a moment when it ends
-            time.sleep(0.05)
-            state = proc.alive(launched.pid, begun)
-    except ProcessLookupError:
-        state = "dead"
-    return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"
-
-
-def _discover(launch: Launch, entry: Entry, registry: Registry) -> str:
-    """Do the dry run and return what it printed. Its QEMU ends with it.
-
-    Meanwhile its jail is the entry's: whoever undoes a start that was cut short here has to see that one dead. The
-    start's own has no plan yet, and does nothing.
-    """
-    try:
-        with Jail() as jail:
-            registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
-            launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
-            with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
-                _await_prelaunch(launch, launched, log).close()
-                return log.raw()
-    finally:
-        registry.save(entry)
-        for name in ("qmp", "events", "log"):
-            if os.path.lexists(f"{launch.directory}/{name}"):
-                os.unlink(f"{launch.directory}/{name}")
-
-
-def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
-    """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
-    files = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
-    paths = {name: f"{launch.directory}/{name}" for name in ("qmp", "events", "log")}
-    paths |= {role: step.path for role, step in files.items()}
-    execute = launch.plan.steps[-1].as_dict()
-    grants = [
-        Grant(
-            role=item.role,
-            kind=item.kind,
-            dev=item.dev,
-            ino=item.ino,
-            rdev=item.rdev,
-            access=item.access,
-            path=paths.get(item.role, f"/dev/{item.role}"),
-            locked=item.role in files and item.kind in ("file", "block"),
-        )
-        for item in launched.opened
-    ]
-    return Expected(
-        domain=entry.name,
-        domid=entry.domid,
-        uid=entry.uid,
-        gid=entry.gid,
-        pid=launched.pid,
-        starttime=proc.start_time(launched.pid),
-        restricted=entry.restricted,
-        limits=tuple(
-            Limit(name=step.name, soft=step.value, hard=step.value)
-            for step in launch.plan.steps
-            if isinstance(step, SetLimit)
-        ),
-        environ=execute["environ"],
-        cgroup="/" + "/".join(launch.cgroup.split("/")[-2:]),
-        grants=tuple(grants),
-    )
-
-
-def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
-    """Return name and pid of every other guest that runs."""
-    return tuple(
-        (entry.name, entry.expected.pid)
-        for entry in registry.entries()
-        if entry.domid != domid and entry.expected is not None and registry.life(entry) == "running"
-    )
-
-
-def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
-    """Return whether a domain's restrictions hold now.
-
-    Of one whose entry is damaged, only what is true of every QEMU can be asked.
-    """
-    from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
-
-    if entry.state == "damaged":
-        from depriv.recover import main_pid  # noqa: PLC0415 (never needed, but for this)
-
-        return audit(main_pid(entry), expected=None, others=_others(registry, entry.domid))
-    if entry.expected is None:
-        raise status.without_qemu(entry, HostError)
-    return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
 
 
 def _forget(entry: Entry, registry: Registry) -> None:

@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from depriv.planner import Launch
+    from depriv.assembly import Launch
 
 _MANIFEST = "manifest.json"
 _VERSION = 1

@@ -124,6 +124,23 @@ class Jail:
         """Let QEMU live on after the jail's end."""
         self._tell(b"D")
 
+    def watch(self) -> None:
+        """Ask to be told of QEMU's end: then ``end`` returns, and until then QEMU ends with this process."""
+        self._tell(b"W")
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is an answer."""
+        return self._control.fileno()
+
+    def end(self) -> int:
+        """Return QEMU's exit status, or minus the signal that killed it, once ``fileno`` is readable.
+
+        Raises:
+            JailError: the jail itself has ended.
+        """
+        (status,) = self._answer("ended", _END_TIMEOUT_S)
+        return int(status)
+
     def _tell(self, message: bytes) -> None:
         try:
             self._control.sendall(message)

@@ -44,8 +44,16 @@ class OpenFile(Record):
     rdev: int = 0  # block and char: st_rdev as planned; 0: not checked
 
 
+class TakeFd(Record):
+    """Take a descriptor that the toolstack has open, by its number there."""
+
+    role: str
+    source: int
+    number: int  # descriptor in QEMU; -1: kept by the jail (a source to copy from)
+
+
 class ListenUnix(Record):
-    """Bind and listen on a UNIX stream socket in a directory that only root can enter.
+    """Bind and listen on a UNIX stream socket: in a directory that only root can enter, or where the user says.
 
     In the new network namespace: a socket shows the interfaces of the namespace it was made in, even this kind.
     """
@@ -53,6 +61,7 @@ class ListenUnix(Record):
     role: str
     path: str
     number: int
+    replace_old: bool = False  # remove a socket of that name first, as QEMU does (util/qemu-sockets.c, QEMU 7.2)
 
 
 class MakeFifo(Record):
@@ -114,10 +123,11 @@ class MakeNode(Record):
 
 
 class BindTree(Record):
-    """Bind a directory of the host into the new root, read-only, no set-uid bits, no devices."""
+    """Bind a directory of the host into the new root: read-only, no set-uid bits, no devices unless it is devpts."""
 
     source: str
     target: str
+    devices: bool = False  # /dev/pts: QEMU makes pseudo-terminals that the host is to see
 
 
 class MakePrivate(Record):
@@ -179,6 +189,12 @@ class NoNewPrivs(Record):
     """Set no_new_privs, and be not dumpable until exec."""
 
 
+class Filter(Record):
+    """Load a seccomp filter of our own; QEMU's comes on top of it."""
+
+    program: str  # struct sock_filter[], in hexadecimal
+
+
 class Execute(Record):
     """Execute the device model with only the granted descriptors."""
 
@@ -198,6 +214,7 @@ if TYPE_CHECKING:
     Step: TypeAlias = (
         Reap
         | OpenFile
+        | TakeFd
         | ListenUnix
         | MakeFifo
         | MakeCgroup
@@ -217,6 +234,7 @@ if TYPE_CHECKING:
         | DropCapabilities
         | SetIds
         | NoNewPrivs
+        | Filter
         | Execute
         | EmptyRoot
     )
@@ -225,6 +243,7 @@ if TYPE_CHECKING:
 ALL: tuple[type[Record], ...] = (
     Reap,
     OpenFile,
+    TakeFd,
     MakeFifo,
     MakeCgroup,
     Unshare,
@@ -244,6 +263,7 @@ ALL: tuple[type[Record], ...] = (
     DropCapabilities,
     SetIds,
     NoNewPrivs,
+    Filter,
     Execute,
     EmptyRoot,
 )
@@ -256,6 +276,7 @@ class Plan(Record):
     domid: int
     restricted: bool  # False: dm_restrict=0, said aloud everywhere
     shared: bool  # the configuration names the shared user: other domains may have its uid, so nothing is reaped
+    keep_net: bool = False  # QEMU stays in the host's network namespace: asked for, said aloud everywhere
     steps: tuple[Step, ...]
     after: tuple[Step, ...] = ()  # done on the toolstack's word, once QEMU has opened all it needs
 
@@ -269,6 +290,9 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 (one line per s
         case OpenFile():
             where = "kept by the jail" if step.number < 0 else f"as descriptor {step.number}"
             return f"open {step.path} {step.access} ({step.kind}) for {step.role}, {where}"
+        case TakeFd():
+            where = "kept by the jail" if step.number < 0 else f"as descriptor {step.number}"
+            return f"take the toolstack's descriptor {step.source} for {step.role}, {where}"
         case ListenUnix():
             return f"listen on {step.path} for {step.role}, as descriptor {step.number}"
         case MakeFifo():
@@ -286,7 +310,7 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 (one line per s
         case MakeNode():
             return f"make node {step.path} ({step.major}:{step.minor}, mode {step.mode:04o}, owner {step.uid}) in it"
         case BindTree():
-            return f"bind {step.source} at {step.target} in it, read-only"
+            return f"bind {step.source} at {step.target} in it, read-only{', with its devices' if step.devices else ''}"
         case MakePrivate():
             return f"make private {step.path} in it ({step.size_kib} KiB)"
         case CopyFile():
@@ -307,6 +331,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 (one line per s
             return f"become {step.uid}:{step.gid} with no group and no capability"
         case NoNewPrivs():
             return "set no_new_privs, not dumpable"
+        case Filter():
+            return f"load a seccomp filter of {len(step.program) // 16} instructions"
         case Execute():
             return f"execute {step.path}"
         case EmptyRoot():

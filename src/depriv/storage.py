@@ -8,6 +8,7 @@ names more than the configuration does. It is never followed: a QEMU that was ta
 from __future__ import annotations
 
 from depriv.errors import ConfigError
+from depriv.host import unfit
 from depriv.qemu.cmdline import IDE_PORTS
 from depriv.records import Record
 from depriv.steps import OpenFile
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from depriv.config import Disk, Domain
-    from depriv.host import FileFacts, Host
+    from depriv.host import FileFacts, Holding, Host
 
 _MIB = 1 << 20
 FILES_MAX = 90  # descriptors 10 to 99: see check.py
@@ -85,7 +86,8 @@ def chains(config: Domain, host: Host, warnings: list[str]) -> tuple[Chain, ...]
     for disk in config.disks:
         _check_vdev(config, disk)
         result.append(_chain(config, host, disk, warnings) if disk.target else ())
-    _check_shared(config, host, tuple(result))
+    placed = [(file, config.place(file.role.partition("-")[0])) for chain in result for file in chain]
+    refuse_in_use(placed, host.holdings)
     files = sum(len(chain) for chain in result)
     if files > FILES_MAX:
         raise ConfigError(
@@ -159,20 +161,7 @@ def _chain(config: Domain, host: Host, disk: Disk, warnings: list[str]) -> Chain
 
 def _unfit(what: str, facts: FileFacts, *, want: str, place: dict[str, Any]) -> ConfigError:
     """Return the error for a file of the wrong kind, with what to do for each."""
-    causes = {
-        "missing": ("it does not exist", "make it, or correct the path"),
-        "unreadable": (facts.detail or "it cannot be read", "correct the path, or what keeps root from reading it"),
-        "symlink": (
-            f"it is a symbolic link to {facts.detail}; a link could be pointed elsewhere between check and use",
-            f"name the file itself: {facts.detail}",
-        ),
-        "directory": ("it is a directory", "name a file in it"),
-        "fifo": ("it is a FIFO", "name a regular file or a block device"),
-        "socket": ("it is a socket", "name a regular file or a block device"),
-        "char": ("it is a character device", "name a regular file or a block device"),
-        "block": ("it is a block device", "name a regular file"),
-    }
-    cause, fix = causes.get(facts.kind, (f"it is of kind {facts.kind}", f"name {want}"))
+    cause, fix = unfit(facts, want)
     return ConfigError(f"cannot use {what}", cause=cause, fix=fix, **place)
 
 
@@ -247,10 +236,18 @@ def _backing_line(disk: Disk, facts: FileFacts) -> str:
     return "disk_backing = [" + ", ".join(repr(item) for item in items) + "]"
 
 
-def _check_shared(config: Domain, host: Host, found: tuple[Chain, ...]) -> None:
-    """Refuse an image that two write, or one writes while another reads: here, or in another domain."""
+def refuse_in_use(files: list[tuple[ImageFile, dict[str, Any]]], holdings: tuple[Holding, ...]) -> None:
+    """Refuse an image that two write, or one writes while another reads: here, or in another domain.
+
+    Args:
+        files: All images of the domain, each with its place for messages.
+        holdings: What the other domains hold.
+
+    Raises:
+        ConfigError: which, and who has it.
+    """
     seen: dict[tuple[int, int, int], tuple[str, bool]] = {}
-    for other in host.holdings:
+    for other in holdings:
         for dev, ino, rdev, writable in other.images:
             key = (dev, ino, rdev)
             before = seen.get(key)
@@ -260,18 +257,17 @@ def _check_shared(config: Domain, host: Host, found: tuple[Chain, ...]) -> None:
                 else f"the quarantined domain {other.domid} ({other.name})"
             )
             seen[key] = (who, writable or bool(before and before[1]))
-    for chain in found:
-        for file in chain:
-            dev, ino, rdev, writable = file.hold
-            key = (dev, ino, rdev)
-            if key in seen and (writable or seen[key][1]):
-                who, writes = seen[key]
-                raise ConfigError(
-                    f"{file.facts.path} for {file.role} is in use by {who}",
-                    cause=f"{who} {'writes' if writes else 'reads'} it, and this one would "
-                    f"{'write' if writable else 'read'} it",
-                    fix="give each its own image, or make it read-only (access=ro) in both",
-                    **config.place(file.role.partition("-")[0]),
-                )
-            before = seen.get(key)
-            seen[key] = (f"disk {file.role} of this domain", writable or bool(before and before[1]))
+    for file, place in files:
+        dev, ino, rdev, writable = file.hold
+        key = (dev, ino, rdev)
+        if key in seen and (writable or seen[key][1]):
+            who, writes = seen[key]
+            raise ConfigError(
+                f"{file.facts.path} for {file.role} is in use by {who}",
+                cause=f"{who} {'writes' if writes else 'reads'} it, and this one would "
+                f"{'write' if writable else 'read'} it",
+                fix="give each its own image, or make it read-only in both",
+                **place,
+            )
+        before = seen.get(key)
+        seen[key] = (f"disk {file.role} of this domain", writable or bool(before and before[1]))

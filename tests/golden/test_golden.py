@@ -23,7 +23,7 @@ from depriv.steps import Execute, Reap, SetLimit, describe
 from depriv.xlconfig import load_domain
 
 if TYPE_CHECKING:
-    from depriv.planner import Launch
+    from depriv.assembly import Launch
 
 HERE = Path(__file__).parent
 CASES = sorted(

@@ -78,7 +78,7 @@ def words(body: bytes, change: dict[int, bytes]) -> bytes:
 
 
 MALFORMED = {
-    "no length": b"depriv-plan-1",
+    "no length": b"depriv-plan-2",
     "a negative length": b"-5\nabcde",
     "a signed length": b"+5\nabcde",
     "a length with a blank": b" 5\nabcde",
@@ -89,7 +89,7 @@ MALFORMED = {
     "a plan of two megabytes": b"2097152\n" + bytes(65536),
     "a plan of a length that no machine has": b"9" * 9 + b"\n",
     "nothing but zeros": framed(bytes(100)),
-    "an unknown version": framed(words(BODY, {0: b"depriv-plan-2"})),
+    "an unknown version": framed(words(BODY, {0: b"depriv-plan-1"})),
     "no version": framed(BODY.partition(b"\0")[2]),
     "an empty body of one word": framed(b"x"),
     "an unknown step": framed(BODY.replace(b"Reap", b"Rape")),

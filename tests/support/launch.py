@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from depriv.planner import Launch
+    from depriv.assembly import Launch
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
 DISK_FD = 10  # of the first disk; the planner's number

@@ -94,12 +94,27 @@ def open_file(step: steps.OpenFile, state: State) -> None:
     _keep(fd, step.role, step.number, state)
 
 
+def take_fd(step: steps.TakeFd, state: State) -> None:
+    """Duplicate one of the toolstack's. A directory would be a way out of the empty root."""
+    toolstack = os.pidfd_open(os.getppid())
+    state.refuse_if_orphaned()  # after the pidfd: before that, our parent may have changed
+    fd = sys.pidfd_getfd(toolstack, step.source)
+    os.close(toolstack)
+    path_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+    if path_only or stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"descriptor {step.source} is a directory, or a mere path: no device model gets one")
+    _keep(fd, step.role, step.number, state)
+
+
 def listen_unix(step: steps.ListenUnix, state: State) -> None:
     """Bind and listen. The path may be longer than a socket address: bind in the directory, by a short name."""
     folder, _, name = step.path.rpartition("/")
     before = os.umask(0o177)
     try:
-        os.chdir(folder)
+        os.chdir(folder or "/")
+        if step.replace_old and os.path.lexists(name) and stat.S_ISSOCK(os.lstat(name).st_mode):
+            os.unlink(name)
         _keep(sys.listen_unix(name), step.role, step.number, state)
     finally:
         os.umask(before)
@@ -170,7 +185,7 @@ def bind_tree(step: steps.BindTree, state: State) -> None:
     """Bind, then restrict: the flags of a new bind mount are only taken from a second call. See mount(2)."""
     target = state.root + step.target
     sys.mount(step.source, target, "", sys.MS_BIND)
-    flags = sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY | sys.MS_NOSUID | sys.MS_NODEV
+    flags = sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY | sys.MS_NOSUID | (0 if step.devices else sys.MS_NODEV)
     sys.mount("none", target, "", flags)
 
 
@@ -310,6 +325,11 @@ def no_new_privs(_step: steps.NoNewPrivs, _state: State) -> None:
     sys.prctl(sys.PR_SET_DUMPABLE, 0, "PR_SET_DUMPABLE")
 
 
+def load_filter(step: steps.Filter, _state: State) -> None:
+    """Load the filter; exec keeps it."""
+    sys.seccomp_filter(bytes.fromhex(step.program))
+
+
 def execute(step: steps.Execute, state: State) -> NoReturn:
     """Put the granted descriptors at their numbers, let exec close all others, and go."""
     sys.close_on_exec_from(0)
@@ -338,6 +358,7 @@ def empty_root(step: steps.EmptyRoot, _state: State) -> None:
 ACTS: dict[type[Record], Callable[..., None]] = {
     steps.Reap: reap,
     steps.OpenFile: open_file,
+    steps.TakeFd: take_fd,
     steps.ListenUnix: listen_unix,
     steps.MakeFifo: make_fifo,
     steps.MakeCgroup: make_cgroup,
@@ -357,6 +378,7 @@ ACTS: dict[type[Record], Callable[..., None]] = {
     steps.DropCapabilities: drop_capabilities,
     steps.SetIds: set_ids,
     steps.NoNewPrivs: no_new_privs,
+    steps.Filter: load_filter,
     steps.Execute: execute,
     steps.EmptyRoot: empty_root,
 }

@@ -6,6 +6,7 @@ separated by NUL (:mod:`depriv.codec`, docs/adr/0001). In comes a plan; out go
 
     started PID, what was granted, when each step was done      QEMU executes, its guest stopped
     emptied                                                     answer to b"E": the plan's `after` is done
+    ended STATUS                                                answer to b"W", when QEMU has ended
     done                                                        a plan that only reaps is done
     failed STEP ERRNO CAUSE                                     and the jail ends, having undone all
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import stat
 import time
 
@@ -142,7 +144,7 @@ def launch(plan: steps.Plan, control: int) -> None:
         see_to_exec(child, plan, state, heard, go)
         times += ["Execute", str(time.monotonic_ns())]
         answer(control, ["started", str(child), *granted(state), "times", *times])
-        wait_for_release(plan, state, control)
+        wait_for_release(plan, state, control, child)
     except BaseException:
         clean_up(child, os.path.basename(cgroup), state)
         raise
@@ -201,7 +203,20 @@ def granted(state: apply.State) -> list[str]:
     return found
 
 
-def wait_for_release(plan: steps.Plan, state: apply.State, control: int) -> None:
+def end_of(child: int, control: int) -> int:
+    """Wait for QEMU's end and return its exit status, or minus the signal; raise ``Failed`` if the toolstack goes."""
+    pidfd = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(control, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll()]
+    os.close(pidfd)
+    if pidfd not in ready:
+        raise Failed("wait for QEMU's end", ValueError("the toolstack went away before it"))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for_release(plan: steps.Plan, state: apply.State, control: int, child: int) -> None:
     """Close our copies of what QEMU got, then do what the toolstack asks, until it releases QEMU."""
     # Now, not at our end: an image lock belongs to the open file, and a copy here would keep it after QEMU's death.
     # But for the log: what QEMU says before it ends is lost with the FIFO's last descriptor.
@@ -214,6 +229,9 @@ def wait_for_release(plan: steps.Plan, state: apply.State, control: int) -> None
             for step in plan.after:
                 attempt(step, state)
             answer(control, ["emptied"])
+        elif word == b"W":
+            answer(control, ["ended", str(end_of(child, control))])
+            return
         elif word == b"D":
             return
         else:

@@ -40,6 +40,8 @@ PR_SET_DUMPABLE: Final = 4
 PR_CAPBSET_DROP: Final = 24
 PR_SET_SECUREBITS: Final = 28
 PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE and KEEP_CAPS' lock, each with its lock.
@@ -47,6 +49,7 @@ SECUREBITS: Final = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 
 _SYS_CLONE3: Final = 435  # include/uapi/asm-generic/unistd.h: one number on every architecture
 _SYS_PIDFD_SEND_SIGNAL: Final = 424  # the same
+_SYS_PIDFD_GETFD: Final = 438  # the same
 _CLONE_INTO_CGROUP: Final = 0x200000000  # <linux/sched.h>
 _SIGCHLD: Final = 17
 _CLOSE_RANGE_CLOEXEC: Final = 4
@@ -167,6 +170,21 @@ def pidfd_kill(pidfd: int) -> None:
     result = int(_libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, _SIGKILL, None, 0))
     if result < 0 and ctypes.get_errno() != errno.ESRCH:
         _check(result, "pidfd_send_signal")
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """Return a duplicate of another process's descriptor, close-on-exec. See pidfd_getfd(2), Linux 5.6."""
+    fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+    _check(fd, f"pidfd_getfd {number}")
+    return fd
+
+
+def seccomp_filter(program: bytes) -> None:
+    """Load a filter, an array of struct sock_filter. See seccomp(2) and <linux/filter.h>."""
+    pointer = ctypes.create_string_buffer(program, len(program))
+    header = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(pointer))  # struct sock_fprog, 64 bits
+    result = _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header), 0, 0)
+    _check(result, "prctl PR_SET_SECCOMP")
 
 
 def default_sigpipe() -> None:

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a QEMU command line confined, in the foreground: its terminal, its signals, its exit status.
+
+The domain is in the registry like any other while it runs. If this process dies, QEMU dies with it: the jail stays its
+parent and kills it when its control socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import stat
+import time
+
+from depriv import detect, launching, lifecycle
+from depriv.cgroup import folder_name
+from depriv.ending import finish
+from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
+from depriv.opener import Opened
+from depriv.planner import refuse_name
+from depriv.qemu.draft import Allowed, Request
+from depriv.qemu.translate import translate
+from depriv.requests import SOURCE_BASE, Run, plan_run, plan_run_discovery
+from depriv.spawn import Jail
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.assembly import Launch
+    from depriv.entry import Entry
+    from depriv.host import FileFacts, Holding, Host
+    from depriv.launching import Running
+    from depriv.registry import Registry
+
+_INCOMING_TIMEOUT_S = 600.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+
+
+class Options:
+    """What the caller wants of depriv beside the command line."""
+
+    def __init__(self, *, name: str = "", user: str = "", keep_net: bool = False, probe_format: bool = False) -> None:
+        """Take a name for the domain ("": that of -name, or one of its own) and what is asked for."""
+        self.name = name
+        self.user = user
+        self.keep_net = keep_net
+        self.probe_format = probe_format
+
+
+def understand(words: tuple[str, ...], options: Options, *, cwd: str) -> Request:
+    """Return what QEMU's words after the program come to.
+
+    Raises:
+        ConfigError: a word is wrong or asks for what cannot be had confined.
+    """
+    seen: dict[str, FileFacts] = {}
+
+    def look(path: str) -> FileFacts:
+        if path not in seen:
+            seen[path] = detect.look_at(path)
+        return seen[path]
+
+    allowed = Allowed(probe_format=options.probe_format, keep_net=options.keep_net, passt=detect.find_tool("passt"))
+    return translate(words, look=look, allowed=allowed, cwd=cwd)
+
+
+class _Wish(lifecycle.Wish):
+    """A command line as something to start."""
+
+    def __init__(self, program: str, request: Request, options: Options, registry: Registry, cache_dir: str) -> None:
+        """Take what is asked for."""
+        self._program = program
+        self._request = request
+        self._options = options
+        self._registry = registry
+        self._cache_dir = cache_dir
+        self.name = options.name or request.name
+        self.opened = Opened(SOURCE_BASE)
+        self._prepared = False
+        self.restricted = True
+        self.entry: Entry | None = None
+        self.run = Run(name=self.name, request=request, device_model_user=options.user, keep_net=options.keep_net)
+        self.facts = {
+            "restricted": True,
+            "memory_mib": request.memory_mib,
+            "vcpus": request.vcpus,
+            "accel": request.accel,
+            "config": None,
+        }
+
+    def domid(self) -> int:
+        domid = self._registry.next_domid()
+        self._choose_name(domid)
+        return domid
+
+    def _choose_name(self, domid: int) -> None:
+        """Find a name: the one that was asked for, or that of -name, made one of a kind if another has it."""
+        if not self._options.name:
+            taken = {entry.name for entry in self._registry.entries()}
+            if not self.name or self.name in taken:
+                self.name = f"{self.name or 'qemu'}-{domid}"
+        self.run = self.run.replace(name=self.name)
+
+    def refuse_name(self, others: tuple[Holding, ...]) -> None:
+        refuse_name(self.name, others, {})
+
+    def look(self, domid: int, others: tuple[Holding, ...]) -> Host:
+        host = detect.look_host(
+            program=self._program, device_model_user=self._options.user, domid=domid, holdings=others
+        )
+        folder = self._registry.folder
+        return host.replace(state_dir=folder, cgroup_folder=folder_name(folder), cache_dir=self._cache_dir)
+
+    def plan(self, host: Host) -> Launch:
+        return plan_run(self.run, host)
+
+    def plan_discovery(self, host: Host) -> Launch:
+        return plan_run_discovery(self.run, host)
+
+    def prepare(self) -> None:
+        if not self._prepared:  # a second attempt, with another uid, finds all open
+            for opening in self._request.openings:
+                self.opened.open(opening)
+        self._prepared = True
+
+    def see_through(self, running: Running, *, paused: bool) -> None:
+        request = self._request
+        monitor = running.monitor
+        for vnc in request.vncs:
+            monitor.execute("getfd", {"fdname": vnc.role}, fds=(self.opened.kept[vnc.role],), timeout_s=10)
+            address = {"type": "fd", "str": vnc.role}
+            monitor.execute("display-update", {"type": "vnc", "addresses": [address]}, timeout_s=10)
+        if request.incoming_role:
+            self._load(running)
+        self.opened.close()
+        if request.pidfile:
+            running.entry = _write_pidfile(request.pidfile, running, self._registry)
+        self.entry = running.entry
+        if request.daemonize:
+            running.jail.release()
+        else:
+            running.jail.watch()
+        if not paused:
+            running.cont()
+
+    def _load(self, running: Running) -> None:
+        """Let QEMU read a saved state: only now, for whoever wrote it may take over what reads it."""
+        fd = self.opened.kept[self._request.incoming_role]
+        running.monitor.execute("getfd", {"fdname": "incoming"}, fds=(fd,), timeout_s=10)
+        running.monitor.execute("migrate-incoming", {"uri": "fd:incoming"}, timeout_s=10)
+        deadline = time.monotonic() + _INCOMING_TIMEOUT_S
+        while launching.said(running.monitor) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise MonitorError(f"the saved state was not read within {_INCOMING_TIMEOUT_S:.0f} seconds")
+            time.sleep(0.02)
+
+
+def _write_pidfile(path: str, running: Running, registry: Registry) -> Entry:
+    """Write what QEMU's -pidfile would hold, and remember to remove it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigError(f"-pidfile {path} is no regular file")
+        os.ftruncate(fd, 0)
+        os.write(fd, b"%d\n" % running.launched.pid)
+    finally:
+        os.close(fd)
+    entry = running.entry.replace(left=(*running.entry.left, launching.file_left(path)))
+    registry.save(entry)
+    return entry
+
+
+def plan_words(
+    words: tuple[str, ...], options: Options, registry: Registry, *, cache_dir: str
+) -> tuple[Request, Launch]:
+    """Return what a command line comes to and how it would be started. Touches nothing, needs no root.
+
+    Raises:
+        DeprivError: it would not start, and why.
+    """
+    request = understand(words[1:], options, cwd=os.getcwd())
+    wish = _Wish(detect.find_in_path(words[0]), request, options, registry, cache_dir)
+    try:
+        holdings = tuple(entry.holding for entry in registry.entries())
+        domid = wish.domid()
+    except HostError:
+        if os.geteuid() == 0:
+            raise
+        holdings, domid = (), 1  # only root sees who else there is
+    return request, wish.plan(wish.look(domid, holdings))
+
+
+def run_words(
+    words: tuple[str, ...],
+    options: Options,
+    registry: Registry,
+    *,
+    cache_dir: str,
+    say: Callable[[str], None],
+) -> int:
+    """Run QEMU's words, the program first, and return its exit status (128 and the signal's number if one killed it).
+
+    With -daemonize it returns 0 once the guest runs, which goes on as a domain like any other.
+
+    Raises:
+        DeprivError: it did not start, why, and what to do. Nothing is left of it.
+    """
+    program = detect.find_in_path(words[0])
+    request = understand(words[1:], options, cwd=os.getcwd())
+    for note in request.notes:
+        say(f"{'warning' if note.warning else 'note'}: {note.text}")
+    if os.geteuid() != 0:
+        raise PlanError("only root can run a confined QEMU", fix="run it with sudo; `depriv plan --` needs no root")
+    wish = _Wish(program, request, options, registry, cache_dir)
+    with _Terminal(request), wish.opened, Jail() as jail:
+        try:
+            started = lifecycle.start(
+                wish,
+                registry,
+                cache_dir=cache_dir,
+                paused=request.paused,
+                warn=lambda text: say(f"warning: {text}"),
+                jail=jail,
+            )
+        except KeyboardInterrupt:
+            return 130
+        entry = wish.entry or started.entry
+        if request.daemonize:
+            return 0
+        status = _until_its_end(jail, started.entry)
+    _forget(entry, registry)
+    return status if status >= 0 else 128 - status
+
+
+def _until_its_end(jail: Jail, entry: Entry) -> int:
+    """Wait for QEMU's end, handing on every signal to it."""
+    expected = entry.expected
+    if expected is None:
+        raise AssertionError("a domain that has started has a process")
+    try:
+        pidfd = os.pidfd_open(expected.pid)
+    except ProcessLookupError:
+        return jail.end()
+    wake, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.signal(number, lambda _number, _frame: None) for number in (*_FORWARDED, signal.SIGTSTP)}
+    old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        while True:
+            ready, _, _ = select.select([jail.fileno(), wake], (), ())
+            if jail.fileno() in ready:
+                return jail.end()
+            for number in os.read(wake, 64):
+                _hand_on(number, pidfd)
+    finally:
+        signal.set_wakeup_fd(old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for fd in (pidfd, wake, tell):
+            os.close(fd)
+
+
+def _hand_on(number: int, pidfd: int) -> None:
+    """Hand one signal to QEMU. Ctrl-Z stops both: QEMU is of another session, where the terminal does not reach it."""
+    with contextlib.suppress(ProcessLookupError):
+        if number == signal.SIGTSTP:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+        else:
+            signal.pidfd_send_signal(pidfd, number)
+
+
+def _forget(entry: Entry, registry: Registry) -> None:
+    """Clear away what is left of a domain that has ended; another command may have been faster."""
+    with contextlib.suppress(NotFoundError), registry.locked_domain(entry.domid), Jail() as jail:
+        finish(registry.current(entry), registry, jail)
+
+
+class _Terminal:
+    """The caller's terminal, put back as it was: a QEMU that was killed does not do it."""
+
+    def __init__(self, request: Request) -> None:
+        self._saved: list[object] | None = None
+        self._used = request.stdio
+
+    def __enter__(self) -> None:
+        if self._used and os.isatty(0):
+            import termios  # noqa: PLC0415 (only where there is a terminal)
+
+            self._saved = list(termios.tcgetattr(0))
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._saved is not None:
+            import termios  # noqa: PLC0415 (as above)
+
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

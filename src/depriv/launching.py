@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a plan to a QEMU that stands before its guest's first instruction, confined and audited.
+
+Whatever goes wrong on the way ends in nothing: the jail kills QEMU when its control socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from depriv import proc, status
+from depriv.errors import HostError, JailError, MonitorError
+from depriv.guestlog import Log, start_fix
+from depriv.report import Expected, Grant, Limit
+from depriv.spawn import Jail
+from depriv.steps import ListenUnix, OpenFile, SetLimit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from depriv.assembly import Launch
+    from depriv.entry import Entry
+    from depriv.qmp import Monitor
+    from depriv.registry import Registry
+    from depriv.report import AuditReport
+    from depriv.spawn import Launched
+
+START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
+QMP_TIMEOUT_S = 10.0
+_READY = ("prelaunch", "inmigrate")  # the guest has not run: it waits for the word, or for its saved state
+
+
+def said(monitor: Monitor) -> str:
+    """Return what QEMU says it does."""
+    return status.status(monitor, QMP_TIMEOUT_S)
+
+
+class Running:
+    """A start on its last step: QEMU is confined and audited, and its guest stands before the first instruction."""
+
+    def __init__(self, launch: Launch, entry: Entry, launched: Launched, monitor: Monitor, jail: Jail) -> None:
+        """Take what there is."""
+        self.launch = launch
+        self.entry = entry
+        self.launched = launched
+        self.monitor = monitor
+        self.jail = jail
+
+    def cont(self) -> None:
+        """Let the guest run."""
+        self.monitor.execute("cont", timeout_s=QMP_TIMEOUT_S)
+
+
+def bring_up(  # noqa: PLR0913 (what one start is made of)
+    launch: Launch,
+    entry: Entry,
+    registry: Registry,
+    jail: Jail,
+    *,
+    see_through: Callable[[Running], None],
+    times: list[tuple[str, float]],
+) -> tuple[Entry, AuditReport]:
+    """Do the plan, empty QEMU's root, audit it, and hand what there is to ``see_through``, which lets the guest run.
+
+    Raises:
+        DeprivError: something failed, or not every restriction holds. Nothing is left when the jail is closed.
+    """
+    launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
+    times += [(f"jail: {name}", at) for name, at in launched.times]
+    with (
+        status.closing(launched.pidfd),
+        _own_log(launch) as log,
+        _await_prelaunch(launch, launched, log) as monitor,
+    ):
+        from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
+
+        times.append(("prelaunch", time.monotonic()))
+        if log is not None:
+            _refuse_lockless(log)
+        if launch.plan.after:
+            jail.empty_root(timeout_s=QMP_TIMEOUT_S)
+        times.append(("empty root", time.monotonic()))
+        entry = entry.replace(expected=_expected(launch, entry, launched))
+        report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
+        _refuse_unless_it_holds(report, launch)
+        times.append(("audit", time.monotonic()))
+        entry = entry.replace(state="running", left=(*entry.left, *_sockets_outside(launch)))
+        registry.save(entry)
+        times.append(("registry", time.monotonic()))
+        see_through(Running(launch, entry, launched, monitor, jail))
+        times.append(("run", time.monotonic()))
+    return entry, report
+
+
+def file_left(path: str) -> tuple[str, int, int]:
+    """Return how a file that ends with its domain is remembered: by more than its name."""
+    have = os.lstat(path)
+    return (path, have.st_dev, have.st_ino)
+
+
+def _sockets_outside(launch: Launch) -> tuple[tuple[str, int, int], ...]:
+    """Return the sockets that were made where the user said: QEMU itself can remove nothing."""
+    made = [step.path for step in launch.plan.steps if isinstance(step, ListenUnix)]
+    return tuple(file_left(path) for path in made if not path.startswith(f"{launch.directory}/"))
+
+
+def _own_log(launch: Launch) -> contextlib.AbstractContextManager[Log | None]:
+    """Return what QEMU prints, or None: it prints to the caller's own streams."""
+    own = any(type(step).__name__ == "MakeFifo" for step in launch.plan.steps)
+    return Log(f"{launch.directory}/log") if own else contextlib.nullcontext()
+
+
+def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
+    """Let no guest run whose restrictions do not all hold.
+
+    Three may be off, if asked for: dm_restrict by its key, that no other has its uid by naming the shared user, and a
+    network of its own by --keep-net.
+    """
+    wrong = [check for check in report.checks if not check.holds]
+    if not launch.plan.restricted:
+        wrong = [check for check in wrong if check.id != "dm_restrict"]
+    if launch.plan.shared:
+        wrong = [check for check in wrong if check.id != "alone"]
+    if launch.plan.keep_net:
+        wrong = [check for check in wrong if check.id != "ns.net"]
+    if wrong:
+        raise JailError(
+            "the guest was not let run: not every restriction holds",
+            cause="; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong),
+            fix="run depriv doctor; if it finds nothing, this is a fault of depriv: please report it",
+        )
+
+
+def _await_prelaunch(launch: Launch, launched: Launched, log: Log | None) -> Monitor:
+    """Have QEMU say over QMP that it waits before the guest's first instruction; return the connection."""
+    from depriv.qmp import Monitor  # noqa: PLC0415 (imported while QEMU starts, which takes longer)
+
+    try:
+        netns_of = launched.pidfd if launch.plan.restricted and not launch.plan.keep_net else -1
+        monitor = Monitor.connect(f"{launch.directory}/qmp", timeout_s=START_TIMEOUT_S, netns_of=netns_of)
+        try:
+            if status.status(monitor, START_TIMEOUT_S) not in _READY:
+                raise MonitorError("QEMU does not wait for the word to run the guest")  # noqa: TRY301 (one handler)
+        except BaseException:
+            monitor.close()
+            raise
+        return monitor
+    except MonitorError as error:
+        said = log.text() if log is not None else ""
+        end = _how_it_ended(launched)
+        if not end and not said:
+            raise
+        if log is None:
+            raise MonitorError(f"QEMU did not start{end}", cause="it says why above") from error
+        raise MonitorError(f"QEMU did not start{end}", cause=said or error.what, fix=start_fix(said)) from error
+
+
+def _refuse_lockless(log: Log) -> None:
+    """Hold QEMU to its image locks: where it cannot take them it only says so in its log, and goes on."""
+    said = log.text()
+    if "lock" in said.lower():
+        raise MonitorError("QEMU works without image locks", cause=said)
+
+
+def _how_it_ended(launched: Launched) -> str:
+    try:  # the jail is its parent and still has not waited: the number is nobody else's
+        begun = proc.start_time(launched.pid)
+        state = proc.alive(launched.pid, begun)
+        if state == "dead-leader":  # as every process with threads is for a moment when it ends
+            time.sleep(0.05)
+            state = proc.alive(launched.pid, begun)
+    except ProcessLookupError:
+        state = "dead"
+    return "" if state == "running" else ": it ended" if state == "dead" else ": its main thread was killed"
+
+
+def discover(launch: Launch, entry: Entry, registry: Registry) -> str:
+    """Do the dry run and return what it printed. Its QEMU ends with it.
+
+    Meanwhile its jail is the entry's: whoever undoes a start that was cut short here has to see that one dead. The
+    start's own has no plan yet, and does nothing.
+    """
+    try:
+        with Jail() as jail:
+            registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
+            launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
+            with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
+                _await_prelaunch(launch, launched, log).close()
+                return log.raw()
+    finally:
+        registry.save(entry)
+        for name in ("qmp", "events", "log"):
+            if os.path.lexists(f"{launch.directory}/{name}"):
+                os.unlink(f"{launch.directory}/{name}")
+
+
+def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
+    """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
+    files = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
+    paths = {"log": f"{launch.directory}/log"}
+    paths |= {step.role: step.path for step in launch.plan.steps if isinstance(step, ListenUnix)}
+    paths |= {role: step.path for role, step in files.items()}
+    execute = launch.plan.steps[-1].as_dict()
+    grants = [
+        Grant(
+            role=item.role,
+            kind=item.kind,
+            dev=item.dev,
+            ino=item.ino,
+            rdev=item.rdev,
+            access=item.access,
+            path=paths.get(item.role, f"/dev/{item.role}"),
+            locked=item.role in files and item.kind in ("file", "block"),
+        )
+        for item in launched.opened
+    ]
+    return Expected(
+        domain=entry.name,
+        domid=entry.domid,
+        uid=entry.uid,
+        gid=entry.gid,
+        pid=launched.pid,
+        starttime=proc.start_time(launched.pid),
+        restricted=entry.restricted,
+        limits=tuple(
+            Limit(name=step.name, soft=step.value, hard=step.value)
+            for step in launch.plan.steps
+            if isinstance(step, SetLimit)
+        ),
+        environ=execute["environ"],
+        cgroup="/" + "/".join(launch.cgroup.split("/")[-2:]),
+        grants=tuple(grants),
+    )
+
+
+def _others(registry: Registry, domid: int) -> tuple[tuple[str, int], ...]:
+    """Return name and pid of every other guest that runs."""
+    return tuple(
+        (entry.name, entry.expected.pid)
+        for entry in registry.entries()
+        if entry.domid != domid and entry.expected is not None and registry.life(entry) == "running"
+    )
+
+
+def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
+    """Return whether a domain's restrictions hold now.
+
+    Of one whose entry is damaged, only what is true of every QEMU can be asked.
+    """
+    from depriv.audit import audit  # noqa: PLC0415 (as in _await_prelaunch)
+
+    if entry.state == "damaged":
+        from depriv.recover import main_pid  # noqa: PLC0415 (never needed, but for this)
+
+        return audit(main_pid(entry), expected=None, others=_others(registry, entry.domid))
+    if entry.expected is None:
+        raise status.without_qemu(entry, HostError)
+    return audit(entry.expected.pid, expected=entry.expected, others=_others(registry, entry.domid))
