@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 LOG_KIB = 64
 _LOG_KIB_DRY = 512
 _MIB = 1 << 20
+_XEN_MAPPED_MIB = 33 << 10  # the map cache's own limit, and what it leaves for the rest: hw/xen/xen-mapcache.c, QEMU 10
 _NULL = (1 << 8) | 3
 
 
@@ -87,6 +88,7 @@ class Needs(Record):
     ptys: bool = False  # QEMU makes pseudo-terminals that the host is to see
     xen_nodes: tuple[tuple[str, int, int], ...] = ()  # name in /dev/xen, major, minor: reachable during the start
     runtime_key: tuple[str, ...] = ()
+    xen_domid: int = 0
     reaper_lock: str = ""  # "": the registry's own
     warnings: tuple[str, ...] = ()
 
@@ -103,6 +105,7 @@ class Launch(Record):
     runtime_key: tuple[str, ...]  # what that folder depends on
     images: tuple[tuple[int, int, int, bool], ...]  # st_dev, st_ino, st_rdev, writable
     warnings: tuple[str, ...]
+    xen_domid: int = 0
 
 
 def identity_of(host: Host, device_model_user: str) -> Identity:
@@ -141,6 +144,7 @@ def assemble(needs: Needs, host: Host, identity: Identity, *, discover: bool = F
         runtime_key=key,
         images=tuple(dict.fromkeys(needs.images)),
         warnings=needs.warnings,
+        xen_domid=needs.xen_domid,
     )
 
 
@@ -316,8 +320,9 @@ def _limits(needs: Needs) -> tuple[SetLimit, ...]:
     handed = len(needs.files) + len(needs.takes) + len(needs.listens)
     # Each request in flight is a coroutine with 1 MiB of stack (util/coroutine-ucontext.c), 256 to a queue, and
     # virtio-blk has a queue per vCPU, each with an ioeventfd.
+    mapped = _XEN_MAPPED_MIB if needs.xen_domid else 0
     values = {
-        "AS": (needs.memory_mib + 1024 + 8 * threads + 8 * 128 + 1024 + 256 * needs.queues) * _MIB,
+        "AS": (needs.memory_mib + mapped + 1024 + 8 * threads + 8 * 128 + 1024 + 256 * needs.queues) * _MIB,
         "CORE": 0,
         "FSIZE": max(needs.file_bytes_max, 4 * _MIB),
         "LOCKS": 0,

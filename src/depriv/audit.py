@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import proc
+from depriv import proc, xenaudit
 from depriv.errors import HostError
 from depriv.records import Record
 from depriv.report import AuditReport, Check, printable
@@ -297,6 +297,8 @@ def _judge(pid: int, facts: _Facts, expected: Expected | None, around: Survey) -
         yield _environ(facts, expected)
         if restricted:
             yield _cgroup(facts, expected)
+    if expected.xen_domid if expected is not None else xenaudit.has_any(facts.fds):
+        yield from xenaudit.checks(pid, facts.fds)
     yield _alone(pid, facts, expected, around)
 
 

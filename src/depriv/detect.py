@@ -129,6 +129,15 @@ def find_in_path(name: str) -> str:
     return f"/usr/bin/{name}"  # not there: the error says so
 
 
+def has_seccomp(path: str) -> bool:
+    """Tell whether a QEMU is built with libseccomp: without it, it refuses -sandbox. Read: asking it takes long."""
+    try:
+        with open(path, "rb") as file:
+            return b"libseccomp.so" in file.read()
+    except OSError:
+        return True
+
+
 def all_programs() -> tuple[str, ...]:
     """Return the paths of all system emulators in /usr/bin."""
     names = (name for name in sorted(os.listdir("/usr/bin")) if name.startswith("qemu-system-"))

@@ -50,12 +50,19 @@ class Options:
         self.probe_format = probe_format
 
 
-def understand(words: tuple[str, ...], options: Options, *, cwd: str) -> Request:
-    """Return what QEMU's words after the program come to.
+def understand(words: tuple[str, ...], options: Options) -> Request:
+    """Return what QEMU's words after the program come to, for a caller in the current folder.
 
     Raises:
         ConfigError: a word is wrong or asks for what cannot be had confined.
     """
+    passt = detect.find_tool("passt")
+    allowed = Allowed(probe_format=options.probe_format, keep_net=options.keep_net, passt=passt)
+    return understand_with(words, allowed, cwd=os.getcwd())
+
+
+def understand_with(words: tuple[str, ...], allowed: Allowed, *, cwd: str) -> Request:
+    """Do what ``understand`` does, with all that may be allowed."""
     seen: dict[str, FileFacts] = {}
 
     def look(path: str) -> FileFacts:
@@ -63,17 +70,16 @@ def understand(words: tuple[str, ...], options: Options, *, cwd: str) -> Request
             seen[path] = detect.look_at(path)
         return seen[path]
 
-    allowed = Allowed(probe_format=options.probe_format, keep_net=options.keep_net, passt=detect.find_tool("passt"))
     return translate(words, look=look, allowed=allowed, cwd=cwd)
 
 
-class _Wish(lifecycle.Wish):
+class Wish(lifecycle.Wish):
     """A command line as something to start."""
 
     def __init__(self, program: str, request: Request, options: Options, registry: Registry, cache_dir: str) -> None:
         """Take what is asked for."""
-        self._program = program
-        self._request = request
+        self.program = program
+        self.request = request
         self._options = options
         self._registry = registry
         self._cache_dir = cache_dir
@@ -81,6 +87,7 @@ class _Wish(lifecycle.Wish):
         self.opened = Opened(SOURCE_BASE)
         self._prepared = False
         self.restricted = True
+        self.loads = bool(request.incoming_role)
         self.entry: Entry | None = None
         self.run = Run(name=self.name, request=request, device_model_user=options.user, keep_net=options.keep_net)
         self.facts = {
@@ -92,6 +99,7 @@ class _Wish(lifecycle.Wish):
         }
 
     def domid(self) -> int:
+        """Return the next free one; the name is chosen with it."""
         domid = self._registry.next_domid()
         self._choose_name(domid)
         return domid
@@ -105,50 +113,59 @@ class _Wish(lifecycle.Wish):
         self.run = self.run.replace(name=self.name)
 
     def refuse_name(self, others: tuple[Holding, ...]) -> None:
+        """Refuse a name that another domain has."""
         refuse_name(self.name, others, {})
 
     def look(self, domid: int, others: tuple[Holding, ...]) -> Host:
+        """Return the host's facts."""
         host = detect.look_host(
-            program=self._program, device_model_user=self._options.user, domid=domid, holdings=others
+            program=self.program, device_model_user=self._options.user, domid=domid, holdings=others
         )
         folder = self._registry.folder
         return host.replace(state_dir=folder, cgroup_folder=folder_name(folder), cache_dir=self._cache_dir)
 
     def plan(self, host: Host) -> Launch:
+        """Return how it is started."""
         return plan_run(self.run, host)
 
     def plan_discovery(self, host: Host) -> Launch:
+        """Return its dry run."""
         return plan_run_discovery(self.run, host)
 
     def prepare(self) -> None:
+        """Open what the toolstack opens."""
         if not self._prepared:  # a second attempt, with another uid, finds all open
-            for opening in self._request.openings:
+            for opening in self.request.openings:
                 self.opened.open(opening)
         self._prepared = True
 
     def see_through(self, running: Running, *, paused: bool) -> None:
-        request = self._request
+        """Hand over what is handed over late, and let the guest run."""
         monitor = running.monitor
-        for vnc in request.vncs:
+        for vnc in self.request.vncs:
             monitor.execute("getfd", {"fdname": vnc.role}, fds=(self.opened.kept[vnc.role],), timeout_s=10)
             address = {"type": "fd", "str": vnc.role}
             monitor.execute("display-update", {"type": "vnc", "addresses": [address]}, timeout_s=10)
-        if request.incoming_role:
+        if self.request.incoming_role:
             self._load(running)
         self.opened.close()
-        if request.pidfile:
-            running.entry = _write_pidfile(request.pidfile, running, self._registry)
+        if self.request.pidfile:
+            running.entry = _write_pidfile(self.request.pidfile, running, self._registry)
         self.entry = running.entry
-        if request.daemonize:
+        if self.request.daemonize:
             running.jail.release()
         else:
             running.jail.watch()
+        self.let_run(running, paused=paused)
+
+    def let_run(self, running: Running, *, paused: bool) -> None:
+        """Do the last thing of a start."""
         if not paused:
             running.cont()
 
     def _load(self, running: Running) -> None:
         """Let QEMU read a saved state: only now, for whoever wrote it may take over what reads it."""
-        fd = self.opened.kept[self._request.incoming_role]
+        fd = self.opened.kept[self.request.incoming_role]
         running.monitor.execute("getfd", {"fdname": "incoming"}, fds=(fd,), timeout_s=10)
         running.monitor.execute("migrate-incoming", {"uri": "fd:incoming"}, timeout_s=10)
         deadline = time.monotonic() + _INCOMING_TIMEOUT_S
@@ -156,6 +173,7 @@ class _Wish(lifecycle.Wish):
             if time.monotonic() > deadline:
                 raise MonitorError(f"the saved state was not read within {_INCOMING_TIMEOUT_S:.0f} seconds")
             time.sleep(0.02)
+        running.audit_again()
 
 
 def _write_pidfile(path: str, running: Running, registry: Registry) -> Entry:
@@ -181,8 +199,8 @@ def plan_words(
     Raises:
         DeprivError: it would not start, and why.
     """
-    request = understand(words[1:], options, cwd=os.getcwd())
-    wish = _Wish(detect.find_in_path(words[0]), request, options, registry, cache_dir)
+    request = understand(words[1:], options)
+    wish = Wish(detect.find_in_path(words[0]), request, options, registry, cache_dir)
     try:
         holdings = tuple(entry.holding for entry in registry.entries())
         domid = wish.domid()
@@ -209,26 +227,28 @@ def run_words(
         DeprivError: it did not start, why, and what to do. Nothing is left of it.
     """
     program = detect.find_in_path(words[0])
-    request = understand(words[1:], options, cwd=os.getcwd())
+    request = understand(words[1:], options)
     for note in request.notes:
         say(f"{'warning' if note.warning else 'note'}: {note.text}")
     if os.geteuid() != 0:
         raise PlanError("only root can run a confined QEMU", fix="run it with sudo; `depriv plan --` needs no root")
-    wish = _Wish(program, request, options, registry, cache_dir)
-    with _Terminal(request), wish.opened, Jail() as jail:
-        try:
-            started = lifecycle.start(
-                wish,
-                registry,
-                cache_dir=cache_dir,
-                paused=request.paused,
-                warn=lambda text: say(f"warning: {text}"),
-                jail=jail,
-            )
-        except KeyboardInterrupt:
-            return 130
+    wish = Wish(program, request, options, registry, cache_dir)
+    return supervise(wish, registry, cache_dir=cache_dir, paused=request.paused, say=say)
+
+
+def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:
+    """Start a wish and see it to its end; return QEMU's exit status, as ``run_words`` does."""
+    with _Terminal(wish.request), wish.opened, Jail() as jail:
+        started = lifecycle.start(
+            wish,
+            registry,
+            cache_dir=cache_dir,
+            paused=paused,
+            warn=lambda text: say(f"warning: {text}"),
+            jail=jail,
+        )
         entry = wish.entry or started.entry
-        if request.daemonize:
+        if wish.request.daemonize:
             return 0
         status = _until_its_end(jail, started.entry)
     _forget(entry, registry)

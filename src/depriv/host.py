@@ -21,6 +21,7 @@ class Program(Record):
     ino: int = 0
     size: int = 0
     mtime_ns: int = 0
+    seccomp: bool = True  # built with libseccomp; looked at on Xen only, where Debian's is not
     problem: str = ""  # why it cannot be used; "" if nothing is known against it
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
 
 from depriv import proc, status
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 60.0  # as libxl's LIBXL_DEVICE_MODEL_START_TIMEOUT
 QMP_TIMEOUT_S = 10.0
+# Device nodes of Xen's and of pseudo-terminals: QEMU has them during its start, and closes them or is not let run.
+_START_ONLY = ("gntdev", "hypercall", "xenbus")
 _READY = ("prelaunch", "inmigrate")  # the guest has not run: it waits for the word, or for its saved state
 
 
@@ -41,8 +44,17 @@ def said(monitor: Monitor) -> str:
 class Running:
     """A start on its last step: QEMU is confined and audited, and its guest stands before the first instruction."""
 
-    def __init__(self, launch: Launch, entry: Entry, launched: Launched, monitor: Monitor, jail: Jail) -> None:
-        """Take what there is."""
+    def __init__(  # noqa: PLR0913, PLR0917 (what there is)
+        self,
+        launch: Launch,
+        entry: Entry,
+        launched: Launched,
+        monitor: Monitor,
+        jail: Jail,
+        audit_again: Callable[[], None],
+    ) -> None:
+        """Take what there is; ``audit_again`` raises if not every restriction holds."""
+        self.audit_again = audit_again
         self.launch = launch
         self.entry = entry
         self.launched = launched
@@ -61,9 +73,12 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
     jail: Jail,
     *,
     see_through: Callable[[Running], None],
+    loads: bool,
     times: list[tuple[str, float]],
 ) -> tuple[Entry, AuditReport]:
     """Do the plan, empty QEMU's root, audit it, and hand what there is to ``see_through``, which lets the guest run.
+
+    With ``loads``, it lets QEMU read a saved state first, and audits again: only then QEMU locks its images.
 
     Raises:
         DeprivError: something failed, or not every restriction holds. Nothing is left when the jail is closed.
@@ -84,13 +99,18 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
             jail.empty_root(timeout_s=QMP_TIMEOUT_S)
         times.append(("empty root", time.monotonic()))
         entry = entry.replace(expected=_expected(launch, entry, launched))
-        report = audit(launched.pid, expected=entry.expected, others=_others(registry, entry.domid))
-        _refuse_unless_it_holds(report, launch)
+        others = _others(registry, entry.domid)
+        report = audit(launched.pid, expected=entry.expected, others=others)
+        _refuse_unless_it_holds(report, launch, but=("locks.",) if loads else ())
         times.append(("audit", time.monotonic()))
         entry = entry.replace(state="running", left=(*entry.left, *_sockets_outside(launch)))
         registry.save(entry)
         times.append(("registry", time.monotonic()))
-        see_through(Running(launch, entry, launched, monitor, jail))
+
+        def audit_again() -> None:
+            _refuse_unless_it_holds(audit(launched.pid, expected=entry.expected, others=others), launch)
+
+        see_through(Running(launch, entry, launched, monitor, jail, audit_again))
         times.append(("run", time.monotonic()))
     return entry, report
 
@@ -113,13 +133,13 @@ def _own_log(launch: Launch) -> contextlib.AbstractContextManager[Log | None]:
     return Log(f"{launch.directory}/log") if own else contextlib.nullcontext()
 
 
-def _refuse_unless_it_holds(report: AuditReport, launch: Launch) -> None:
+def _refuse_unless_it_holds(report: AuditReport, launch: Launch, but: tuple[str, ...] = ()) -> None:
     """Let no guest run whose restrictions do not all hold.
 
     Three may be off, if asked for: dm_restrict by its key, that no other has its uid by naming the shared user, and a
     network of its own by --keep-net.
     """
-    wrong = [check for check in report.checks if not check.holds]
+    wrong = [check for check in report.checks if not check.holds and not check.id.startswith(but or "\0")]
     if not launch.plan.restricted:
         wrong = [check for check in wrong if check.id != "dm_restrict"]
     if launch.plan.shared:
@@ -188,6 +208,8 @@ def discover(launch: Launch, entry: Entry, registry: Registry) -> str:
             registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
             launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
             with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
+                if launch.xen_domid:
+                    return _own_folders(launched, log)
                 _await_prelaunch(launch, launched, log).close()
                 return log.raw()
     finally:
@@ -195,6 +217,22 @@ def discover(launch: Launch, entry: Entry, registry: Registry) -> str:
         for name in ("qmp", "events", "log"):
             if os.path.lexists(f"{launch.directory}/{name}"):
                 os.unlink(f"{launch.directory}/{name}")
+
+
+def _own_folders(launched: Launched, log: Log) -> str:
+    """Return what a QEMU for Xen printed, and all files of the folders that it has named for ``-L help``.
+
+    It can do nothing but be a device model of a domain: its firmware is not seen loaded in a dry run.
+    """
+    if not select.select([launched.pidfd], (), (), START_TIMEOUT_S)[0]:
+        raise MonitorError("QEMU did not say where its own files are", fix="see that it is a QEMU for Xen")
+    said = log.raw()
+    found: list[str] = []
+    for line in said.splitlines():
+        if line.startswith("/") and os.path.isdir(line):
+            for folder, _, names in os.walk(os.path.realpath(line)):
+                found += [f"load_file name {name} location {folder}/{name}" for name in sorted(names)]
+    return "\n".join([said, *found])
 
 
 def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
@@ -216,6 +254,7 @@ def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
             locked=item.role in files and item.kind in ("file", "block"),
         )
         for item in launched.opened
+        if item.role not in _START_ONLY
     ]
     return Expected(
         domain=entry.name,
@@ -233,6 +272,7 @@ def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
         environ=execute["environ"],
         cgroup="/" + "/".join(launch.cgroup.split("/")[-2:]),
         grants=tuple(grants),
+        xen_domid=launch.xen_domid,
     )
 
 

@@ -52,6 +52,9 @@ class Started:
 class Wish:
     """What is to be started, however it was asked for: how to look at the host for it, and how to plan it."""
 
+    loads = False  # a saved state, before the guest goes on
+    may_move = True  # to another domid, and so uid, if somebody who does not die has that of the first
+
     def __init__(self, config: Domain, registry: Registry, cache_dir: str) -> None:
         """Take a configuration; :mod:`depriv.foreground` has another kind, for command lines."""
         self._config = config
@@ -166,7 +169,7 @@ def start(  # noqa: PLR0913 (as above)
                 )
                 return Started(entry, report, launch, times)
             except JailError as error:
-                if not (attempts_left and _is_uid_held(error)):
+                if not (attempts_left and wish.may_move and _is_uid_held(error)):
                     raise
                 # The id is quarantined by now; with another one the guest can start all the same.
                 warn(f"{error}: {error.cause}. Its id is quarantined, the domain gets another one.")
@@ -232,6 +235,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
                 registry,
                 jail,
                 see_through=lambda running: wish.see_through(running, paused=paused),
+                loads=wish.loads,
                 times=times,
             )
             if instead is not None:

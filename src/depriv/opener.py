@@ -17,6 +17,7 @@ from depriv.openings import (
     Inherited,
     ListenTcp,
     OpenTap,
+    ReadFile,
     StartPasst,
     WriteFile,
     describe,
@@ -187,6 +188,15 @@ def _write_file(opening: WriteFile) -> int:
     return fd
 
 
+def _read_file(opening: ReadFile) -> int:
+    fd = os.open(opening.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"cannot read {opening.path} for {opening.role}: it is no regular file")
+    os.set_blocking(fd, True)
+    return fd
+
+
 def open_tap(opening: OpenTap) -> list[int]:
     """Return one descriptor per queue of a tap in this network namespace, the interface up and in its bridge."""
     flags = _IFF_TAP | _IFF_NO_PI
@@ -222,5 +232,6 @@ _OPENERS: dict[type[Opening], Callable[..., int]] = {
     ConnectTcp: _connect_tcp,
     ConnectUnix: _connect_unix,
     WriteFile: _write_file,
+    ReadFile: _read_file,
     StartPasst: _start_passt,
 }

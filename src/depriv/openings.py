@@ -69,6 +69,14 @@ class WriteFile(Record):
     append: bool = False  # else it is emptied
 
 
+class ReadFile(Record):
+    """A regular file for QEMU to read, never through a symbolic link."""
+
+    role: str
+    number: int
+    path: str
+
+
 class OpenTap(Record):
     """A tap interface of the host's network namespace. See Documentation/networking/tuntap.rst, Linux 6.1."""
 
@@ -89,7 +97,7 @@ class StartPasst(Record):
 
 if TYPE_CHECKING:
     Opening: TypeAlias = (
-        Inherited | ListenTcp | ListenUnixHere | ConnectTcp | ConnectUnix | WriteFile | OpenTap | StartPasst
+        Inherited | ListenTcp | ListenUnixHere | ConnectTcp | ConnectUnix | WriteFile | ReadFile | OpenTap | StartPasst
     )
 
 
@@ -109,6 +117,8 @@ def describe(opening: Opening) -> str:  # noqa: PLR0911 (one line per kind, flat
             return f"connect to {opening.path} for {opening.role}"
         case WriteFile():
             return f"open {opening.path} to {'append to' if opening.append else 'write'} for {opening.role}"
+        case ReadFile():
+            return f"open {opening.path} to read for {opening.role}"
         case OpenTap():
             joined = f", joined to the bridge {opening.bridge}" if opening.bridge else ""
             return f"open tap {opening.name or '(a new one)'}{joined} for {opening.role}"

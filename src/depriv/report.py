@@ -57,6 +57,7 @@ class Expected(Record):
     environ: tuple[str, ...]  # "NAME=value"
     cgroup: str  # path inside the hierarchy: "/depriv/7"
     grants: tuple[Grant, ...]
+    xen_domid: int = 0  # of the Xen domain whose device model it is; 0: none
 
 
 class Check(Record):

@@ -87,6 +87,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         keep_net=run.keep_net,
         ptys=request.ptys,
         xen_nodes=host.xen_nodes if request.domid else (),
+        xen_domid=request.domid,
         runtime_key=_runtime_key(request, accel),
         reaper_lock=run.reaper_lock,
         warnings=(*warnings, *shared_warning(identity)),
@@ -106,7 +107,11 @@ def _refuse_memory(run: Run, host: Host) -> None:
 def _argv(run: Run, host: Host, *, discover: bool) -> tuple[str, ...]:
     """Return QEMU's words: ours first, so that what the caller says comes last and counts where both may be said."""
     request = run.request
-    words = [host.program.path, "-sandbox", SANDBOX, "-no-user-config", "-S"]
+    words = [host.program.path, "-no-user-config", "-S"]
+    if discover and request.domid:
+        return (*words, "-nodefaults", "-xen-domid-restrict", "-L", "help")
+    if host.program.seccomp or not request.domid:
+        words += ["-sandbox", SANDBOX]
     if not request.name:
         words += ["-name", f"guest={run.name}"]
     for name, number in (("qmp", QMP_FD), ("events", EVENTS_FD)):
@@ -173,6 +178,8 @@ def _runtime_key(request: Request, accel: str) -> tuple[str, ...]:
 
     Else every change of a kernel's command line would cost a dry run and a copy of QEMU's files.
     """
+    if request.domid:
+        return ("xen",)  # all that this QEMU has
     kinds: set[str] = set()
     words = iter(request.dry)
     for word in words:

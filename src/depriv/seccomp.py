@@ -2,8 +2,9 @@
 """A seccomp filter of our own, below QEMU's: no new socket, no new process, nothing that no QEMU ever needs. Pure.
 
 QEMU's ``-sandbox`` leaves 321 of 362 calls open, ``connect`` and ``ptrace`` among them, and Debian's QEMU for Xen is
-built without it. A descriptor of a listening TCP socket, which a VNC server needs, could be disconnected and connected to
-anywhere by whoever has taken over QEMU: every socket that QEMU needs is handed in, so none is made, bound or connected.
+built without it. A descriptor of a listening TCP socket, which a VNC server needs, could be disconnected and connected
+to anywhere by whoever has taken over QEMU: every socket that QEMU needs is handed in, none is made, bound or connected.
+Why a list of what is denied, and what it cannot see: docs/adr/0013.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from depriv.errors import PlanError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final
+    from typing import Final, TypeAlias
+
+    # Operation; where to go if it is true, and if not: an end's name, or how many instructions to skip; its operand.
+    _Instruction: TypeAlias = tuple[int, str | int, str | int, int]
 
 # name -> number on x86_64 (arch/x86/entry/syscalls/syscall_64.tbl) and on aarch64 (include/uapi/asm-generic/unistd.h),
 # -1: not there. Linux 6.1.
-_NETWORK: Final = {"socket": (41, 198), "connect": (42, 203), "bind": (49, 200)}
+_NETWORK: Final = {"bind": (49, 200), "connect": (42, 203), "socket": (41, 198)}
 _NEVER: Final = {
     "acct": (163, 89),
     "add_key": (248, 217),
@@ -76,8 +80,12 @@ _NEVER: Final = {
 }
 _SPAWN: Final = {"execveat": (322, 281), "fork": (57, -1), "vfork": (58, -1)}  # execve stays: it starts QEMU
 _CLONE: Final = (56, 220)
-_CLONE3: Final = (435, 435)
+_CLONE3: Final = (435, 435)  # its flags are in memory, which no filter can read
 _CLONE_THREAD: Final = 0x00010000  # <linux/sched.h>
+# Their numbers, and which argument, from 0, is their flags. With MSG_FASTOPEN they connect, see tcp(7): shutdown(2)
+# disconnects a listener, then one sendto(2) takes it anywhere.
+_SEND: Final = {"sendmmsg": (307, 269, 3), "sendmsg": (46, 211, 2), "sendto": (44, 206, 3)}
+_MSG_FASTOPEN: Final = 0x20000000  # <linux/socket.h>
 _ARCHES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, <linux/audit.h>
 _X32: Final = 0x40000000  # __X32_SYSCALL_BIT: the same calls by other numbers, x86_64 only
 
@@ -91,6 +99,12 @@ _KILL_PROCESS: Final = 0x80000000
 _EPERM: Final = 0x00050001  # SECCOMP_RET_ERRNO | EPERM
 _ENOSYS: Final = 0x00050026  # glibc then takes clone
 _ALLOW: Final = 0x7FFF0000
+# struct seccomp_data: where what is, in bytes
+_NUMBER: Final = 0
+_ARCH: Final = 4
+_ARGUMENTS: Final = 16  # of 8 bytes each, the lower half first
+# What every way through the filter ends in, and the order in which these stand behind the rest.
+_ENDS: Final = {"allow": _ALLOW, "deny": _EPERM, "lack": _ENOSYS, "kill": _KILL_PROCESS}
 
 
 def program(processor: str, *, network: bool) -> str:
@@ -109,23 +123,37 @@ def program(processor: str, *, network: bool) -> str:
         )
     column, arch = _ARCHES[processor]
     names = {**_SPAWN, **_NEVER} if network else {**_NETWORK, **_SPAWN, **_NEVER}
-    numbers = sorted(numbers[column] for numbers in names.values() if numbers[column] >= 0)
-    tests = [(_JUMP_IF_EQUAL, number) for number in numbers]
+    code: list[_Instruction] = [(_LOAD, 0, 0, _ARCH), (_JUMP_IF_EQUAL, 0, "kill", arch), (_LOAD, 0, 0, _NUMBER)]
     if processor == "x86_64":
-        tests.insert(0, (_JUMP_IF_AT_LEAST, _X32))
-    # struct seccomp_data: nr at 0, arch at 4, the first argument at 16. A jump counts the instructions it skips.
-    code = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
-    for place, (test, number) in enumerate(tests):
-        code.append((test, len(tests) - place + 4, 0, number))
+        code.append((_JUMP_IF_AT_LEAST, "deny", 0, _X32))
     code += [
-        (_JUMP_IF_EQUAL, 5, 0, _CLONE3[column]),
-        (_JUMP_IF_EQUAL, 0, 2, _CLONE[column]),
-        (_LOAD, 0, 0, 16),
-        (_JUMP_IF_BITS, 0, 1, _CLONE_THREAD),  # a thread; else it would be a process
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, _EPERM),
-        (_RETURN, 0, 0, _ENOSYS),
+        (_JUMP_IF_EQUAL, "deny", 0, number)
+        for number in sorted(numbers[column] for numbers in names.values() if numbers[column] >= 0)
     ]
-    return b"".join(
-        op.to_bytes(2, "little") + bytes((yes, no)) + value.to_bytes(4, "little") for op, yes, no, value in code
-    ).hex()
+    code.append((_JUMP_IF_EQUAL, "lack", 0, _CLONE3[column]))
+    code += _by_flag(_CLONE[column], 0, _CLONE_THREAD, there="allow", missing="deny")  # missing: it makes a process
+    if not network:
+        for send in _SEND.values():
+            code += _by_flag(send[column], send[2], _MSG_FASTOPEN, there="deny", missing="allow")
+    return _assembled(code)
+
+
+def _by_flag(number: int, place: int, flag: int, *, there: str, missing: str) -> list[_Instruction]:
+    """Return instructions that decide one call by one flag in one of its arguments."""
+    return [
+        (_JUMP_IF_EQUAL, 0, 2, number),
+        (_LOAD, 0, 0, _ARGUMENTS + 8 * place),
+        (_JUMP_IF_BITS, there, missing, flag),
+    ]
+
+
+def _assembled(code: list[_Instruction]) -> str:
+    """Return the instructions as bytes in hexadecimal, and behind them the ends that they name."""
+    ends = {name: len(code) + place for place, name in enumerate(_ENDS)}
+    words = b""
+    for place, (operation, yes, no, value) in enumerate(code):
+        jumps = bytes(ends[to] - place - 1 if isinstance(to, str) else to for to in (yes, no))
+        words += operation.to_bytes(2, "little") + jumps + value.to_bytes(4, "little")
+    for value in _ENDS.values():
+        words += _RETURN.to_bytes(2, "little") + bytes(2) + value.to_bytes(4, "little")
+    return words.hex()

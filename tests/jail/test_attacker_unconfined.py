@@ -51,16 +51,17 @@ def unconfined(program: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     disk.write_bytes(bytes(4096))
     fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX) as listener:
+        with socket.socket(socket.AF_UNIX) as listener, socket.create_server(("127.0.0.1", 0)) as tcp:
             listener.bind(str(place / "socket"))
             listener.listen()
             argv = [*APART, "sh", "-c", WITH_VICTIM, "sh", str(program)]
             argv += ["--path", str(disk), "--socket", str(place / "socket"), "--fd", str(fd)]
+            argv += ["--listener", str(tcp.fileno())]
             # A second descriptor, not granted: one that a careless launcher left open.
             done = subprocess.run(
                 argv,
                 cwd=place,
-                pass_fds=(fd, listener.fileno()),
+                pass_fds=(fd, listener.fileno(), tcp.fileno()),
                 check=True,
                 capture_output=True,
                 text=True,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.jail.test_attacker_unconfined import ROOT_MAY
 from tests.support import build
-from tests.support.launch import DISK_FD, REAPER_UID, running, wait_for
+from tests.support.launch import ALLOW_ALL, DISK_FD, REAPER_UID, running, taking, wait_for, with_filter
 
+from depriv import seccomp, steps
 from depriv.proc import read_status
 
 if TYPE_CHECKING:
@@ -150,27 +151,34 @@ int main(void)
 """
 
 
-@pytest.fixture
-def outcomes(ground: Ground) -> dict[str, build.Outcome]:
-    """What comes of every act, with another live guest as the victim."""
+LISTENER_FD = 20
+
+
+def try_all(ground: Ground, program: str = "") -> dict[str, str]:
+    """Return what comes of every act, with another live guest as the victim; the filter is the planner's, or this."""
     disk = ground.folder / "victims.img"
     disk.write_bytes(bytes(4096))
     name = f"depriv-{ground.folder.name}"
     other = ground.launch("--serve", disk=disk)
-    with running(other) as victim, socket.socket(socket.AF_UNIX) as listener:
+    with (
+        running(other) as victim,
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+    ):
         assert victim.pid > 300  # a number that no process of the attacker's own namespace has
         listener.bind(f"\0{name}")
         listener.listen()
         # The disk of the other, by the very path; its monitor; a socket of the host without a path.
         words = ["--victim", str(victim.pid), "--path", str(disk), "--socket", f"{other.directory}/qmp"]
-        words += ["--abstract", name, "--fd", str(DISK_FD)]
-        with running(ground.launch(*words)) as attacker:
+        words += ["--abstract", name, "--fd", str(DISK_FD), "--listener", str(LISTENER_FD)]
+        launch = taking(ground.launch(*words), steps.TakeFd(role="vnc", source=tcp.fileno(), number=LISTENER_FD))
+        with running(with_filter(launch, program) if program else launch) as attacker:
             result = build.outcomes(attacker.output())
         assert not victim.ended(0)
         assert disk.stat().st_size == 4096
         ground.forget(other)
     assert ground.disk.stat().st_size == 1 << 20
-    return result
+    return {act: outcome.result for act, outcome in result.items()}
 
 
 def table() -> dict[str, str]:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stands where QEMU stands and tries what whoever took it over would try. Built by build.py, static, libc only.
 //
-//   attacker [--victim PID] [--path FILE] [--socket PATH] [--abstract NAME] [--fd N] [--only ACT...]
+//   attacker [--victim PID] [--path FILE] [--socket PATH] [--abstract NAME] [--fd N] [--listener N] [--only ACT...]
 //   attacker --list | --serve | --threads | --bomb COUNT
 //
 // Prints one line for each act on descriptor 1: its name, a tab, and "ok" (the kernel let it) or the name of the errno.
@@ -68,6 +68,7 @@ static const char *path;       // --path: a file of somebody else
 static const char *socket_at;  // --socket: a socket that listens
 static const char *abstract;   // --abstract: the same, without its leading zero
 static int granted = -1;       // --fd: a descriptor the jail was given, open for writing
+static int listener = -1;      // --listener: a TCP socket the jail was given, bound to IPv4 and listening
 
 // --- small parts ----------------------------------------------------------------------------------------------------
 
@@ -376,9 +377,14 @@ static int socket_pair(void)
 	return close(pair[1]);
 }
 
+static struct sockaddr_in loopback(in_port_t port)
+{
+	return (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+}
+
 static int inet_try(int (*how)(int, const struct sockaddr *, socklen_t), in_port_t port)
 {
-	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	struct sockaddr_in to = loopback(port);
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -1;
@@ -395,6 +401,33 @@ static int connect_socket(void) { return unix_try(connect, socket_at, 0); }
 static int connect_abstract(void) { return unix_try(connect, abstract, 1); }
 static int bind_abstract(void) { return unix_try(bind, "depriv-attack", 1); }
 static int bind_path(void) { return unix_try(bind, "/depriv-attack", 0) ? -1 : unlink("/depriv-attack"); }
+
+// A socket that listens, made to connect instead. Refused: it was on its way. Each leaves it so that the next can try.
+
+static int listener_connect(void)
+{
+	struct sockaddr_in to = loopback(1);
+	if (connect(listener, &(struct sockaddr){.sa_family = AF_UNSPEC}, sizeof to))
+		return -1;
+	return beyond(connect(listener, (struct sockaddr *)&to, sizeof to), ECONNREFUSED);
+}
+
+static int listener_fast_open(long call)
+{
+	struct sockaddr_in to = loopback(1);
+	struct iovec data = {"x", 1};
+	struct mmsghdr one = {.msg_hdr = {.msg_name = &to, .msg_namelen = sizeof to, .msg_iov = &data, .msg_iovlen = 1}};
+	shutdown(listener, SHUT_RD);  // it listens no more; ENOTCONN: it did not
+	if (call == SYS_sendto)
+		return beyond(sendto(listener, "x", 1, MSG_FASTOPEN, (struct sockaddr *)&to, sizeof to), ECONNREFUSED);
+	if (call == SYS_sendmsg)
+		return beyond(sendmsg(listener, &one.msg_hdr, MSG_FASTOPEN), ECONNREFUSED);
+	return beyond(sendmmsg(listener, &one, 1, MSG_FASTOPEN), ECONNREFUSED);
+}
+
+static int listener_sendto(void) { return listener_fast_open(SYS_sendto); }
+static int listener_sendmsg(void) { return listener_fast_open(SYS_sendmsg); }
+static int listener_sendmmsg(void) { return listener_fast_open(SYS_sendmmsg); }
 
 // --- other processes ------------------------------------------------------------------------------------------------
 
@@ -682,6 +715,7 @@ static const struct act acts[] = {
 	A(socket_audit), A(socket_uevent), A(socket_packet), A(socket_vsock), A(socket_alg), A(socket_key), A(socket_xdp),
 	A(socket_can), A(socket_bluetooth), A(socket_tipc), A(socket_pair), A(connect_inet), A(bind_inet),
 	A(connect_socket), A(connect_abstract), A(bind_abstract), A(bind_path),
+	A(listener_connect), A(listener_sendto), A(listener_sendmsg), A(listener_sendmmsg),
 	A(see_any), A(see_parent), A(kill_victim), A(prlimit_victim), A(sched_victim), A(nice_victim), A(kcmp_victim),
 	A(pidfd_victim), A(pidfd_getfd_victim), A(pidfd_signal_victim), A(vm_readv_victim), A(vm_writev_victim),
 	A(bpf_map), A(bpf_prog), A(perf_self), A(perf_system), A(io_uring), A(userfault), A(userfault_user),
@@ -692,10 +726,11 @@ static const struct act acts[] = {
 	C(key_session), C(key_add), C(key_request), C(raise_files), C(raise_fsize), C(raise_core), C(raise_tasks),
 	C(nice_up), C(realtime), C(affinity), C(io_priority), C(persona), C(ldt), C(io_perm), C(io_port), C(session),
 	C(keep_caps), C(securebits), C(drop_bounding), C(quota), C(swap_on), C(accounting), C(kexec), C(reboot_wrong),
-	C(kernel_log), C(ptrace_victim), C(x32_getpid), C(int80_getpid), C(chroot_root), C(pivot), C(mount_none),
+	C(kernel_log), C(ptrace_victim), C(x32_getpid), C(chroot_root), C(pivot), C(mount_none),
 	C(mount_private), C(umount_root), C(fs_open), C(open_tree_clone), C(mount_move), C(setns_self), C(setns_victim),
 	C(setfsuid_0), C(capset_admin), C(setgroups_0), C(setgid_0), C(setuid_0), C(setresuid_0), C(unshare_net),
 	C(unshare_pid), C(unshare_mount), C(exec_memfd), C(setuid_other), C(unshare_user), C(exec_sh),
+	C(int80_getpid),  // which may end a process that cannot fork
 };
 
 #define COUNT (sizeof acts / sizeof *acts)
@@ -718,7 +753,7 @@ static int possible(const char *name)
 {
 	return !((strstr(name, "victim") && !victim) || (!strncmp(name, "path_", 5) && !path) ||
 		(!strcmp(name, "connect_socket") && !socket_at) || (!strcmp(name, "connect_abstract") && !abstract) ||
-		(!strncmp(name, "fd_", 3) && granted < 0));
+		(!strncmp(name, "fd_", 3) && granted < 0) || (!strncmp(name, "listener_", 9) && listener < 0));
 }
 
 static int attempt(const struct act *act)
@@ -840,6 +875,8 @@ int main(int argc, char **argv)
 			abstract = value;
 		else if (value && !strcmp(word, "--fd"))
 			granted = atoi(value);
+		else if (value && !strcmp(word, "--listener"))
+			listener = atoi(value);
 	}
 	attempt_all();
 	return 0;

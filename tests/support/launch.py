@@ -48,6 +48,7 @@ UIDS = range(BASE_UID + FIRST_DOMID, BASE_UID + FIRST_DOMID + 20)
 # A reaper kills the processes of its own uid, too: one that nobody has, and no other run of tests.
 REAPER_UID = 98290 + os.getpid() % 500
 TIMEOUT_S = 20.0
+ALLOW_ALL = "060000000000ff7f"  # one struct sock_filter: BPF_RET, SECCOMP_RET_ALLOW
 
 
 def accounts() -> Accounts:
@@ -166,6 +167,19 @@ class Ground:
         finally:
             for path in (f"{self.cgroups}/depriv", self.cgroups):
                 assert wait_for(partial(_removed, path), 5), f"{path} is in use"
+
+
+def with_filter(launch: Launch, program: str = ALLOW_ALL) -> Launch:
+    """Return the launch with another system call filter; without one QEMU is not started."""
+    changed = [step.replace(program=program) if isinstance(step, steps.Filter) else step for step in launch.plan.steps]
+    return launch.replace(plan=launch.plan.replace(steps=tuple(changed)))
+
+
+def taking(launch: Launch, *takes: steps.TakeFd) -> Launch:
+    """Return the launch with descriptors of this process handed in."""
+    plan = launch.plan
+    place = next(place for place, step in enumerate(plan.steps) if isinstance(step, steps.MakeFifo))
+    return launch.replace(plan=plan.replace(steps=(*plan.steps[:place], *takes, *plan.steps[place:])))
 
 
 def _removed(path: str) -> bool:

@@ -7,6 +7,8 @@ followed: a QEMU that was taken over can write it.
 
 from __future__ import annotations
 
+import json
+
 from depriv.qemu.words import error
 from depriv.records import Record
 
@@ -32,7 +34,7 @@ class Place(Record):
     writable: bool = True  # unless it says so itself
     json: bool = False  # written as JSON
     by_name: bool = False  # the driver may be left out: -drive
-    plain: bool = False  # what is no known format is raw: CD-ROM, pflash
+    plain: str = ""  # "cdrom" or "pflash": what is no known format is raw
     fix: str = ""  # how to give a format where this word cannot
 
 
@@ -90,17 +92,17 @@ def no_format(place: Place, what: str, guess: str) -> ConfigError:
         place.word,
         f"the format of {what} is not given",
         cause="QEMU would guess it from the content, which the guest can write",
-        fix=(place.fix.replace("FORMAT", guess) or f"add {key}={guess}") + ", if that is what qemu-img info says",
+        fix=(place.fix.replace("FORMAT", guess) or f"add {key}={guess}")
+        + ", if that is what qemu-img info says; or --probe-format",
     )
 
 
 def _below(place: Place, key: str, driver: str, path: str) -> str:
     """Return the words that put a file below a node, as the command line writes its nodes."""
-    path = path.replace(",", ",,") if not place.json else path
     if place.json:
-        inner = f'"file": {{"driver": "file", "filename": "{path}"}}'
-        whole = f'"driver": "{driver}", {inner}' if driver else '"driver": "file", "filename": "FILE"'
-        return f'"{key}": {{{whole}}}'
+        file = {"driver": "file", "filename": path}
+        return f'"{key}": {json.dumps({"driver": driver, "file": file} if driver else file)}'
+    path = path.replace(",", ",,")
     prefix = f"{place.prefix}{key}."
     if not driver:
         return f"{prefix}driver=file,{prefix}filename={path}"

@@ -183,7 +183,7 @@ def _both_objects(one: object, other: object) -> bool:
 def lists(tree: Any) -> Any:  # noqa: ANN401 (JSON)
     """Return the tree with ``{"0": x, "1": y}`` as the list that its dotted form means."""
     if isinstance(tree, list):
-        members: list[Any] = tree
+        members = cast("list[object]", tree)
         return [lists(item) for item in members]
     if not isinstance(tree, dict):
         return tree

@@ -71,7 +71,7 @@ class Graph:
             result, bottom = self._file(result, place)
         elif driver == "nbd":
             result, bottom = self._nbd(result, place), NO_FILE
-        elif driver in PROTOCOLS:
+        elif driver in PROTOCOLS and "filename" not in tree:
             bottom = NO_FILE
         else:
             result, bottom = self._inner(driver, result, place)
@@ -126,14 +126,14 @@ class Graph:
     def _inner(self, driver: str, tree: Node, place: Place) -> tuple[Node, int]:
         word = place.word
         refuse(word, driver)
-        if driver not in CHILDREN and (driver or not place.by_name):
+        if driver not in (*CHILDREN, *PROTOCOLS) and (driver or not place.by_name):
             raise error(
                 word,
                 f"the block driver {driver!r} is not known" if driver else f"{place.prefix}driver= is missing",
                 fix=f"known are {' '.join((*PROTOCOLS, *CHILDREN))}",
             )
         if "filename" in tree:
-            raise error(word, f"a node of format {driver} has no file name", fix=f"write {place.prefix}file.filename=")
+            raise error(word, f"a node of driver {driver} has no file name", fix=f"write {place.prefix}file.filename=")
         result = dict(tree)
         bottoms: list[int] = []
         for key, child in children(driver, tree):
@@ -141,7 +141,7 @@ class Graph:
                 prefix=f"{place.prefix}{key}.",
                 writable=place.writable and key != "backing",
                 by_name=place.by_name and key in ("file", "backing"),
-                plain=False,
+                plain="",
                 fix="",
             )
             made, bottom = self._child(child, below, key)
@@ -190,6 +190,8 @@ class Graph:
         """Return the format of an image where the command line does not say it."""
         allowed = self.draft.allowed.probe_format
         if place.plain and disk.facts.magic not in FORMATS:
+            if place.plain == "pflash":
+                self.draft.note(place.word, f"{disk.path} is mapped as it is: format=raw")
             return "raw"
         if allowed and disk.path in self.draft.formats:
             return self.draft.formats[disk.path]
@@ -217,11 +219,16 @@ class Graph:
         )
         disk = DiskFile(role=step.role, path=path, format="raw", writable=place.writable, facts=facts)
         self.draft.disks.append(disk)
+        fdset = self.draft.fdset(step.number)
+        if place.writable and "incoming" in self.draft.seen:
+            # Until the state is there QEMU has the image read-only, and opens it anew to write (BDRV_O_INACTIVE).
+            reading = self.draft.file(word, path, role=f"{step.role}-ro", access="ro", kinds=("file", "block"))
+            self.draft.emit("-add-fd", f"fd={reading.number},set={SET_BASE + step.number}", dry=())
         made = {
             **tree,
             # QEMU refuses each of the two for what the other is for (block/file-posix.c).
             "driver": "host_device" if facts.kind == "block" else "file",
-            "filename": self.draft.fdset(step.number),
+            "filename": fdset,
             "read-only": not place.writable,
             # With it QEMU opens twice, with different flags: each needs a descriptor of its own.
             "auto-read-only": False,

@@ -14,7 +14,7 @@ import json
 
 from depriv.qemu.block_formats import Place
 from depriv.qemu.block_names import as_number, lists, merge, parse_name, refuse, undot
-from depriv.qemu.block_nodes import PROTOCOLS, Graph, demands, fit_role, named
+from depriv.qemu.block_nodes import CHILDREN, PROTOCOLS, Graph, demands, fit_role, named
 from depriv.qemu.words import Item, error, is_on, join_list, parse_json, parse_list, values, with_items
 from depriv.records import Record, cast
 
@@ -167,7 +167,7 @@ def _typed(value: Any, key: str = "") -> Any:  # noqa: ANN401 (JSON)
     if isinstance(value, dict):
         return {name: _typed(inner, name) for name, inner in cast("Node", value).items()}
     if isinstance(value, list):
-        members: list[Any] = value
+        members = cast("list[object]", value)
         return [_typed(item, key) for item in members]
     if key in BOOLEANS and value in ("on", "off", "yes", "no", "true", "false", "y", "n"):
         return is_on(value)
@@ -193,7 +193,7 @@ def _parse_drive(word: Word, before: list[_Block]) -> _Block:
         role=_role(word, have, before),
         writable=not readonly,
         by_name=True,
-        plain=have.get("media") == "cdrom" or have.get("if") == "pflash",
+        plain="cdrom" if have.get("media") == "cdrom" else "pflash" if have.get("if") == "pflash" else "",
         fix=""
         if word.name == "drive"
         else f"write -drive file={word.value.replace(',', ',,')},format=FORMAT,{_SHORT[word.name]}",
@@ -212,9 +212,14 @@ def _nodes(word: Word, rest: dict[str, str]) -> Node:
     refuse(word, str(tree.get("driver", "")))
     if name:
         found = parse_name(word, name)
-        whole = name.startswith("json:") or tree.get("driver") in PROTOCOLS
-        return merge(found if whole else {"file": found}, tree)
-    return tree if tree.keys() - {"driver"} or tree.get("driver") in PROTOCOLS else {}
+        refuse(word, str(found.get("driver", "")))
+        if not name.startswith("json:") and tree.get("driver") not in PROTOCOLS:
+            found = {"file": found}
+        both = {str(node["driver"]) for node in (found, tree) if "driver" in node}
+        if len(both) > 1 and both != {"file", "host_device"}:
+            raise error(word, "the file's name says another driver", fix='write json:{"driver":FORMAT,"file":{...}}')
+        return merge(found, tree)
+    return tree if tree.keys() - {"driver"} or tree.get("driver", "raw") not in CHILDREN else {}
 
 
 def _read_only(own: tuple[Item, ...], tree: Node) -> tuple[tuple[Item, ...], bool]:
@@ -238,7 +243,8 @@ def _role(word: Word, have: dict[str, str], before: list[_Block]) -> str:
     kind = kind if fit_role(kind) else "drive"
     if have.get("index", "").isdecimal():
         return f"{kind}{have['index']}"
-    return f"{kind}{sum(values(block.items).get('if', 'drive') == kind for block in before if block.items)}"
+    drives = [values(block.items) for block in before if block.word.name != "blockdev"]
+    return f"{kind}{sum(drive.get('if', 'drive') == kind for drive in drives)}"
 
 
 def _asks_for_help(word: Word) -> bool:

@@ -26,9 +26,8 @@ OWN_IDS = ("depriv-qmp", "depriv-events")  # the launcher's own monitors
 _SOCKETS = ("tcp", "telnet", "tn3270", "websocket")
 _NAMELESS = ("null", "pty", "stdio", "msmouse", "wctablet", "braille", "testdev")
 # They name nothing of the host. A spice channel without a spice server is QEMU's to refuse.
-_PASSED = frozenset(
-    "null msmouse wctablet testdev vc ringbuf memory spicevmc spiceport qemu-vdagent mux hub stdio pty".split()
-)
+_DEVICES = ("null", "vc", "ringbuf", "memory", "stdio", "pty", "mux", "hub", "msmouse", "wctablet", "testdev")
+_PASSED = (*_DEVICES, "spicevmc", "spiceport", "qemu-vdagent")
 _REFUSED = {
     "udp": ("QEMU has no network, and a datagram socket has no connection to hand over", "use socket, path= or host="),
     "pipe": ("QEMU opens its two FIFOs by names that it makes itself", "use socket,path=PATH,server=on"),
@@ -38,7 +37,7 @@ _REFUSED = {
     "dbus": ("QEMU would connect to the user's D-Bus", "use socket,path=PATH,server=on"),
 }
 # What tells QEMU where a socket is: all of it is told by fd= instead.
-_WHERE = "path host port to ipv4 ipv6 abstract tight reconnect reconnect-ms fd".split()
+_WHERE = ("path", "host", "port", "to", "ipv4", "ipv6", "abstract", "tight", "reconnect", "reconnect-ms", "fd")
 
 
 def chardev(draft: Draft, word: Word, items: Items) -> None:
@@ -307,8 +306,3 @@ HANDLERS: dict[str, Callable[[Draft, Word], None]] = {
     "s": _gdb,
     "tpmdev": _tpmdev,
 }
-
-
-def finish(draft: Draft) -> None:
-    """Nothing is missing: default monitors and serial ports go with the display (:mod:`depriv.qemu.display_options`)."""
-    del draft

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from depriv.openings import ConnectUnix, WriteFile
 from depriv.qemu.properties import Properties, is_own_set, names_path, refuse_paths, rom
-from depriv.qemu.words import Item, join_list
+from depriv.qemu.words import Item, error, join_list
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from depriv.qemu.draft import Draft
     from depriv.qemu.words import Word
 
-_HELP = ("help", "?")
 _VFIO = (
     "VFIO gives a device model the host's hardware: DMA, configuration space, the group's other devices",
     "use virtio devices; this one only unconfined",
@@ -41,8 +40,15 @@ REFUSED_DEVICES = {
     "sgx-epc": ("it needs the host's /dev/sgx_vepc", "leave it out"),
 }
 # Files that QEMU reads once, by name: property -> whether QEMU's own data folders are searched as well.
-_COPIED = {"romfile": True, "file": False, "kernel": False, "initrd": False, "sdrfile": False, "frudatafile": False}
-_COPIED |= {"cdat": False}
+_COPIED = {
+    "romfile": True,
+    "file": False,
+    "kernel": False,
+    "initrd": False,
+    "sdrfile": False,
+    "frudatafile": False,
+    "cdat": False,
+}
 _COPIED_ONLY = {"file": ("loader",), "kernel": ("guest-loader",), "initrd": ("guest-loader",)}
 # Properties that name the host on any device, and so may not come in by -global.
 _HOST = (*_COPIED, "pcap", "hostdevice", "evdev", "hidraw", "db", "rootdir", "ibdev", "sysfsdev", "vhostfd", "vhostdev")
@@ -54,7 +60,7 @@ _NOT_DRY = ("vhost-", "tpm-", "ivshmem-doorbell", "usb-host", "xen-")
 def _device(draft: Draft, word: Word) -> None:
     device = Properties(word, "driver")
     driver = device.text("driver")
-    if device.help or driver in _HELP:
+    if device.help:
         draft.facts["no_guest"] = True
         draft.emit("-device", word.value)
         return
@@ -151,6 +157,12 @@ def _global(draft: Draft, word: Word) -> None:
     draft.emit("-global", word.value)
 
 
+def _usbdevice(draft: Draft, word: Word) -> None:
+    if word.value == "braille":
+        draft.refuse(word, "QEMU would connect to the user's braille display", fix="leave it out")
+    draft.emit("-usbdevice", word.value)
+
+
 def _share(draft: Draft, word: Word) -> None:
     """-fsdev and -virtfs. Source: fsdev/qemu-fsdev.c, hw/9pfs/9p-proxy.c, QEMU 7.2."""
     share = Properties(word, "fsdriver")
@@ -160,8 +172,10 @@ def _share(draft: Draft, word: Word) -> None:
         if share.data.get("sock_fd"):
             number = draft.inherited(word, share.text("sock_fd"), role=role)
         else:
+            if not share.data.get("socket"):
+                raise error(word, "nothing says where the proxy is", fix="write socket=PATH or sock_fd=N")
+            path = draft.path(word, str(share.data.pop("socket")))
             number = draft.number(word)
-            path = draft.path(word, str(share.data.pop("socket", "")))
             draft.open(ConnectUnix(role=draft.role(role), number=number, path=path))
         share.data["sock_fd"] = str(number)
     elif driver != "synth":
@@ -180,4 +194,4 @@ def _share(draft: Draft, word: Word) -> None:
     draft.emit(f"-{word.name}", share.value(), dry=(f"-{word.name}", join_list(dry)))
 
 
-HANDLERS = {"device": _device, "global": _global, "fsdev": _share, "virtfs": _share}
+HANDLERS = {"device": _device, "usbdevice": _usbdevice, "global": _global, "fsdev": _share, "virtfs": _share}

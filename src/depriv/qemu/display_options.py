@@ -13,7 +13,7 @@ from depriv.qemu.char_options import HANDLERS as CHARACTER_DEVICES
 from depriv.qemu.char_options import word_like
 from depriv.qemu.draft import Vnc
 from depriv.qemu.socket_words import LAST_PORT, split_address, warn_of_reach
-from depriv.qemu.words import Word, error, join_list, parse_json, parse_list, values, with_items
+from depriv.qemu.words import Word, error, join_list, parse_json, parse_list, values
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def _vnc(draft: Draft, word: Word) -> None:
         role = draft.role("vnc")
         draft.vncs.append(Vnc(role=role))
         _listen(draft, word, address, given.get("to", ""), role)
-    draft.emit("-vnc", join_list(with_items(items, {"vnc": "none", "to": None, "ipv4": None, "ipv6": None})))
+    rest = [item for item in items if item.key not in ("vnc", "to", "ipv4", "ipv6")]
+    draft.emit("-vnc", ",".join(["none", *([join_list(rest)] if rest else [])]))
 
 
 def _listen(draft: Draft, word: Word, address: str, last: str, role: str) -> None:
@@ -124,7 +125,7 @@ def finish(draft: Draft) -> None:
 
     QEMU makes no default monitor when it has one by ``-mon``, and it has depriv's own: so the default is named here.
     """
-    if not draft.seen & {"vnc", "display", "nographic", "spice"}:
+    if not draft.seen & {"vnc", "display", "nographic"}:
         draft.emit("-display", "none")
         if not draft.facts.get("no_guest"):
             draft.note(
@@ -146,7 +147,7 @@ def finish(draft: Draft) -> None:
 def _has_serial_port(draft: Draft) -> bool:
     """Tell whether a -device is a serial port: then QEMU makes none by default."""
     devices = [value for name, value in zip(draft.argv, draft.argv[1:], strict=False) if name == "-device"]
-    return any(value.startswith("isa-serial") or '"isa-serial"' in value for value in devices)
+    return any(value.removeprefix("driver=").startswith("isa-serial") or '"isa-serial"' in value for value in devices)
 
 
 def _add(draft: Draft, name: str, value: str) -> None:

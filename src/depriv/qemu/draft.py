@@ -85,8 +85,7 @@ class Request(Record):
     ptys: bool = False  # QEMU makes pseudo-terminals that the host is to see
     daemonize: bool = False
     pidfile: str = ""
-    incoming: int = -1  # number in QEMU of the descriptor that a saved state comes in by; -1: none
-    incoming_role: str = ""  # which of the files or openings that state is read from
+    incoming_role: str = ""  # which of the openings a saved state is read from; "": none
     no_guest: bool = False  # -machine none, -version, -help, -device help: nothing hostile runs in it
     unknown_formats: tuple[DiskFile, ...] = ()  # to be probed, then translated anew
     domid: int = 0  # -xen-domid; 0: none
@@ -216,6 +215,11 @@ class Draft:
         self.openings.append(Inherited(role=self.role(role), number=number, source=int(text)))
         return number
 
+    def take_late(self, word: Word, text: str, *, role: str) -> None:
+        """Have a descriptor of the caller's handed over by QMP, once QEMU is audited."""
+        self.inherited(word, text, role=f"{role}-source")
+        self.openings[-1] = Inherited(role=role, number=-1, source=int(text))
+
     def private(self, word: Word, path: str, *, role: str) -> str:
         """Return where QEMU finds its own copy of a file that it reads by name at its start.
 
@@ -237,7 +241,10 @@ class Draft:
         facts = self.look(path)
         if facts.kind not in ("missing", "socket"):
             raise error(
-                word, f"cannot make the socket {path}", cause=f"there is a {facts.kind} of that name", fix="name another"
+                word,
+                f"cannot make the socket {path}",
+                cause=f"there is a {facts.kind} of that name",
+                fix="name another",
             )
         number = self.number(word)
         self.listens.append(ListenUnix(role=self.role(role), path=path, number=number, replace_old=True))

@@ -20,9 +20,10 @@ _GROUPS = {"memory": "m", "smp-opts": "smp", "boot-opts": "boot"}
 _GROUP_OF = {option: group for group, option in _GROUPS.items()}
 # Options that may be sections. Source: qemu_add_opts calls of softmmu/vl.c and qemu_parse_config_group, QEMU 7.2.
 _SECTIONS = (
-    "accel action add-fd boot chardev device drive fsdev fw_cfg global icount iscsi m machine mon msg name net netdev nic"
-    " numa object option-rom overcommit rtc sandbox smp spice tpmdev trace virtfs vnc"
-).split()
+    "accel", "action", "add-fd", "boot", "chardev", "device", "drive", "fsdev", "fw_cfg", "global", "icount",
+    "iscsi", "m", "machine", "mon", "msg", "name", "net", "netdev", "nic", "numa", "object", "option-rom",
+    "overcommit", "rtc", "sandbox", "smp", "spice", "tpmdev", "trace", "virtfs", "vnc",
+)  # fmt: skip
 
 
 def expand(words: tuple[Word, ...], read: Callable[[Word], str]) -> tuple[Word, ...]:

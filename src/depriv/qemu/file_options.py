@@ -7,6 +7,7 @@ migration/migration.c (qemu_start_incoming_migration), QEMU 7.2.
 
 from __future__ import annotations
 
+from depriv.openings import ReadFile
 from depriv.qemu.draft import SET_BASE
 from depriv.qemu.properties import Properties, refuse_paths, rom
 from depriv.qemu.words import Item, error, join_list, parse_list, values
@@ -138,7 +139,7 @@ def _add_fd(draft: Draft, word: Word) -> None:
 def _trace(draft: Draft, word: Word) -> None:
     """file= is left out: with the log backend, Debian's, traces then go where -d goes, to the error output."""
     trace = Properties(word, "enable")
-    if trace.text("enable") in ("help", "?") or trace.help:
+    if trace.help:
         draft.facts["no_guest"] = True
         draft.emit("-trace", word.value)
         return
@@ -158,17 +159,18 @@ def _incoming(draft: Draft, word: Word) -> None:
         draft.emit("-incoming", "defer", dry=())
         return
     path = _state_file(draft, word, kind, rest)
+    role = draft.role("incoming")
     if kind == "fd":
-        number = draft.inherited(word, rest, role="incoming")
-        role = draft.openings[-1].role
+        draft.take_late(word, rest, role=role)
     elif path:
-        opened = draft.file(word, path, role="incoming", access="ro")
-        number, role = opened.number, opened.role
+        path = draft.path(word, path)
+        draft.require(word, path, ("file",))
+        draft.open(ReadFile(role=role, number=-1, path=path))
     else:
         raise error(word, "it is refused", cause=_NO_STREAM.get(kind, "QEMU has no network"), fix=_STREAM)
-    draft.facts["incoming"] = number
     draft.facts["incoming_role"] = role
-    draft.emit("-incoming", f"fd:{number}", dry=())
+    # Told by QMP once QEMU is audited: whoever wrote the state may take over what reads it.
+    draft.emit("-incoming", "defer", dry=())
 
 
 def _state_file(draft: Draft, word: Word, kind: str, rest: str) -> str:

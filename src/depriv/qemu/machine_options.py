@@ -24,8 +24,11 @@ _MIB_DEFAULT = 128  # MachineClass.default_ram_size, hw/core/machine.c
 def _machine(draft: Draft, word: Word) -> None:
     machine = Properties(word, "type")
     kind = machine.text("type")
-    if machine.help or kind in ("help", "?", "none"):
+    if machine.help or kind == "none":
         draft.facts["no_guest"] = True
+    if machine.help:
+        draft.emit("-machine", word.value)
+        return
     if kind:
         draft.facts["machine"] = kind
     _machine_files(draft, word, machine)
@@ -72,16 +75,16 @@ def _choose(draft: Draft, word: Word, names: str) -> None:
 
 def _accel(draft: Draft, word: Word) -> None:
     accel = Properties(word, "accel")
-    if accel.help or accel.text("accel") in _HELP:
+    if accel.help:
         draft.facts["no_guest"] = True
-    elif accel.data.get("device", "/dev/kvm") != "/dev/kvm":
+        draft.emit("-accel", word.value)
+        return
+    if accel.data.get("device", "/dev/kvm") != "/dev/kvm":
         draft.refuse(word, "depriv gives QEMU a /dev/kvm of its own", fix="leave device= out")
-    else:
-        accel.data.pop("device", None)
-        refuse_paths(draft, word, accel.data)
-        _choose(draft, word, accel.text("accel"))
-    dry = None if accel.text("accel") != "xen" else ("-accel", "tcg")
-    draft.emit("-accel", accel.value() if not accel.help else word.value, dry=dry)
+    accel.data.pop("device", None)
+    refuse_paths(draft, word, accel.data)
+    _choose(draft, word, accel.text("accel"))
+    draft.emit("-accel", accel.value(), dry=("-accel", "tcg") if accel.text("accel") == "xen" else None)
 
 
 def _enable_kvm(draft: Draft, word: Word) -> None:

@@ -24,6 +24,7 @@ from depriv.qemu.words import (
     values,
     with_items,
 )
+from depriv.records import cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def _items(word: Word, text: str) -> Items:
     for key, value in data.items():
         if isinstance(value, list):
             # A list of strings: {"str": "tcp::2222-:22"} each.
-            items += (item.replace(key=key) for entry in value for item in flatten({key: entry}))
+            entries = cast("list[object]", value)
+            items += (item.replace(key=key) for entry in entries for item in flatten({key: entry}))
         else:
             items += flatten({key: value})
     return tuple(items)
@@ -85,8 +87,9 @@ def backend(draft: Draft, word: Word, items: Items) -> None:
 
 
 def _join(items: Items) -> str:
-    rest = join_list([item for item in items if item.key != "type"])
-    return f"{values(items)['type']},{rest}"
+    given = values(items)
+    rest = [item for item in items if item.key not in ("type", "id")]
+    return ",".join([given["type"], join_list([Item(key="id", value=given["id"]), *rest])])
 
 
 def _user(draft: Draft, word: Word, items: Items, label: str) -> Items:
@@ -175,7 +178,7 @@ def _vhost(draft: Draft, word: Word, given: dict[str, str], label: str, queues: 
     if not (is_on(given.get("vhost", "off")) or is_on(given.get("vhostforce", "off"))):
         return {}
     draft.note(
-        word, "vhost: the guest's network queues are read by the host's kernel, which trusts them less than QEMU"
+        word, "vhost: the host's kernel reads the guest's queues itself, and the guest can attack that part of it"
     )
     steps = [
         draft.file(word, "/dev/vhost-net", role=f"{label}-vhost", access="rw", kinds=("char",)) for _ in range(queues)
@@ -228,8 +231,7 @@ def _stream(draft: Draft, word: Word, items: Items, label: str) -> Items:
         opened = listen_tcp(draft, word, host, (port, last), role=label) if server else None
         number = connect_tcp(draft, word, host, port, role=label) if opened is None else opened
     else:
-        draft.refuse(word, f"addr.type={kind} cannot be handed over", fix=_STREAM)
-        raise AssertionError
+        raise error(word, "it is refused", cause=f"addr.type={kind} cannot be handed over", fix=_STREAM)
     return _stream_items(label, number, server=server)
 
 
@@ -303,12 +305,9 @@ def _nic(draft: Draft, word: Word) -> None:
         return
     label = given.get("id") or _own_id(draft)
     backend(draft, word, with_items(items, {"id": label, "model": None, "mac": None, "macaddr": None}))
-    card = [Item(key="netdev", value=label)]
-    card += [
-        Item(key=item.key.replace("mac", "macaddr") if item.key == "mac" else item.key, value=item.value)
-        for item in items
-        if item.key in ("model", "mac", "macaddr")
-    ]
+    names = {"model": "model", "mac": "macaddr", "macaddr": "macaddr"}
+    card = [Item(key=names[item.key], value=item.value) for item in items if item.key in names]
+    card.insert(0, Item(key="netdev", value=label))
     draft.emit("-net", f"nic,{join_list(card)}")
 
 

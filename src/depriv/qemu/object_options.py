@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from depriv.qemu.draft import Draft
     from depriv.qemu.words import Word
 
-_HELP = ("help", "?")
 _INPUT = ("it reads what is typed at the host", "give QEMU the device: -device usb-host,hostdevice=/dev/bus/usb/BUS/N")
 _PROCESS = ("the device would be another process, with all of the guest's memory", "use a vhost-user device")
 _SEV = ("it needs the host's /dev/sev", "leave it out")
@@ -65,7 +64,7 @@ _RANDOM = "/dev/urandom"
 def _object(draft: Draft, word: Word) -> None:
     made = Properties(word, "qom-type")
     kind = made.text("qom-type")
-    if made.help or kind in _HELP:
+    if made.help:
         draft.facts["no_guest"] = True
         draft.emit("-object", word.value)
         return
@@ -165,6 +164,7 @@ _KINDS = {
     "tls-creds-anon": _credentials,
     "tls-creds-psk": _credentials,
     "authz-list-file": _authz_file,
+    "authz-listfile": _authz_file,  # its name in qapi/qom.json; QEMU 7.2 can make it by neither
     "rng-random": _random,
     "cryptodev-vhost-user": _vhost_crypto,
     "thread-context": _threads,

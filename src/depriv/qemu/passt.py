@@ -69,7 +69,7 @@ def passt_words(draft: Draft, word: Word, items: tuple[Item, ...]) -> tuple[str,
     if forwards:
         why = "restrict=on with hostfwd=: passt has no forward into a guest that may not answer anyone else"
         draft.refuse(word, why, fix="leave one of the two out; or use a tap, and the host's packet filter")
-    # DHCP and ARP go on; measured by tests/qemu/test_translate_chars.py's neighbour for networks.
+    # DHCP and ARP go on: tests/qemu/test_translate_chars.py.
     return (*result, "--no-tcp", "--no-udp", "--no-icmp", "--no-map-gw")
 
 

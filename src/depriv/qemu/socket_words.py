@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets that options name: opened before QEMU starts, since it has no network and may neither connect nor bind. Pure."""
+"""Sockets that options name: opened before QEMU starts, which may neither connect nor bind. Pure."""
 
 from __future__ import annotations
 

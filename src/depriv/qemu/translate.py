@@ -8,7 +8,7 @@ holds the table to what QEMU itself lists.
 
 from __future__ import annotations
 
-from depriv.qemu import block_options, char_options, net_options, other_options
+from depriv.qemu import block_options, char_options, display_options, net_options, other_options
 from depriv.qemu.draft import Allowed, Draft, Request
 from depriv.qemu.expand import expand
 from depriv.qemu.options import OPTIONS, PASSED
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 HANDLERS = {
     **block_options.HANDLERS,
     **char_options.HANDLERS,
+    **display_options.HANDLERS,
     **net_options.HANDLERS,
     **other_options.HANDLERS,
 }
 
 
-def translate(
+def translate(  # noqa: PLR0913 (what is pure has all it may know handed in)
     argv: tuple[str, ...],
     *,
     look: Callable[[str], FileFacts],
@@ -70,7 +71,7 @@ def translate(
             draft.emit(f"-{word.name}", *((word.value,) if OPTIONS[word.name].takes_value else ()))
         else:
             draft.refuse(word, OPTIONS[word.name].why, fix=OPTIONS[word.name].instead)
-    for finish in (block_options.finish, char_options.finish, net_options.finish, other_options.finish):
+    for finish in (block_options.finish, display_options.finish, net_options.finish, other_options.finish):
         finish(draft)
     return Request(
         argv=tuple(draft.argv),

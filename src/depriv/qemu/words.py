@@ -163,7 +163,9 @@ def parse_json(word: Word) -> dict[str, Any]:
     try:
         data: object = json.loads(word.value, object_pairs_hook=once)
     except (ValueError, RecursionError) as failed:
-        raise error(word, "it is no JSON", cause=str(failed)[:200], fix="see the quotes that the shell took") from failed
+        raise error(
+            word, "it is no JSON", cause=str(failed)[:200], fix="see the quotes that the shell took"
+        ) from failed
     if not isinstance(data, dict):
         raise error(word, "it is no JSON object", fix='write {"key": "value"}')
     return cast("dict[str, Any]", data)

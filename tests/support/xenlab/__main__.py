@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.support.xenlab import image, machine
+from tests.support.xenlab import image, machine, recording
 from tests.support.xenlab.dom0 import Dom0, await_answer, resume
 
 
@@ -29,9 +29,15 @@ def main() -> int:
     for verb in (put, get, python):
         for word in ("name", "source", "target"):
             verb.add_argument(word)
+    record = verbs.add_parser("record", help="write down anew what libxl hands to a device model")
+    record.add_argument("suite", choices=sorted(image.SUITES))
+    record.add_argument("folder", type=Path)
     end = verbs.add_parser("end", help="end a host")
     end.add_argument("name")
     given = parser.parse_args()
+    if given.verb == "record":
+        recording.record(given.suite, given.folder)
+        return 0
     note = image.cache_folder() / f"by-hand-{given.name}.json"
     if given.verb == "start":
         return _start(given.suite, note)

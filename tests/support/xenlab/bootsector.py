@@ -21,7 +21,20 @@ def disk(*, writes: bool) -> bytes:
     with tempfile.TemporaryDirectory(prefix="bootsector-") as work:
         define = f"-DWRITE={FAR_SECTOR if writes else 0}"
         _run(["gcc", "-m32", "-c", define, "-o", f"{work}/object", str(SOURCE)])
-        _run(["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", f"{work}/sector", f"{work}/object"])
+        _run(
+            [
+                "ld",
+                "-m",
+                "elf_i386",
+                "-Ttext",
+                "0x7c00",
+                "--oformat",
+                "binary",
+                "-o",
+                f"{work}/sector",
+                f"{work}/object",
+            ]
+        )
         sector = Path(work, "sector").read_bytes()
     if len(sector) != 512:
         raise RuntimeError(f"the boot sector has {len(sector)} bytes")

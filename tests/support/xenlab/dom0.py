@@ -27,9 +27,6 @@ from depriv.records import Record
 
 if TYPE_CHECKING:
     from typing import Self
-
-    from tests.support.xenlab.image import Image
-
 CALL_S = 60.0
 
 
@@ -84,8 +81,7 @@ class Dom0:
         """
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else command
         status, out, err = self._run(argv, given, timeout_s)
-        done = Done(status=status, out=out.decode(errors="replace"), err=err.decode(errors="replace"))
-        return done
+        return Done(status=status, out=out.decode(errors="replace"), err=err.decode(errors="replace"))
 
     def must(self, command: str | list[str], *, timeout_s: float = CALL_S) -> str:
         """Return what a command printed.
@@ -109,7 +105,7 @@ class Dom0:
         self._copy(["/bin/sh", "-c", script, "-", remote, f"{mode:o}"], data)
 
     def put_tree(self, local: str | Path, remote: str) -> None:
-        """Copy what is in a local folder into a remote one, which is made; what is compiled for another Python stays."""
+        """Copy what is in a local folder into a remote one, made if it is not there."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
             archive.add(local, arcname=".", filter=_root_owned)
@@ -122,7 +118,9 @@ class Dom0:
         with tempfile.TemporaryDirectory(dir=kept / "tmp") as work:
             tree = Path(work, "tree")
             _copy_sources(Path(local), tree)
-            image.compile_python(kept, ["-s", f"/tmp/{Path(work).name}/tree", "-p", remote, f"/tmp/{Path(work).name}/tree"])
+            image.compile_python(
+                kept, ["-s", f"/tmp/{Path(work).name}/tree", "-p", remote, f"/tmp/{Path(work).name}/tree"]
+            )
             self.put_tree(tree, remote)
 
     def get(self, remote: str) -> bytes:

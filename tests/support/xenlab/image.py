@@ -117,7 +117,7 @@ def ensure(suite: str) -> Image:
     with locked(f"{suite}.lock"):
         if not final.exists():
             _remove_old(suite)
-            with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="build-") as work:
+            with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=f"build-{suite}-") as work:
                 _build(suite, Path(work))
                 os.rename(f"{work}/result", final)
         os.utime(final)
@@ -162,7 +162,9 @@ def _digest(suite: str) -> str:
 
 
 def _remove_old(suite: str) -> None:
-    """Remove images of ``suite`` that nobody used for two weeks; another checkout may still use a younger one."""
+    """Remove what a killed build left, and images that nobody used for two weeks; the caller holds the suite's lock."""
+    for path in cache_folder().glob(f"build-{suite}-*"):
+        shutil.rmtree(path)
     for path in cache_folder().glob(f"{suite}-*"):
         if time.time() - path.stat().st_mtime > KEPT_S:
             shutil.rmtree(path)
@@ -180,8 +182,10 @@ def _build(suite: str, work: Path) -> None:
     _install_guests(root)
     _keep_python(root, result / "python")
     run(
-        ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d", str(root)]
-        + [str(work / "disk.raw"), f"{DISK_MB}M"]
+        [
+            *("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal,^metadata_csum", "-m", "0", "-d", str(root)),
+            *(str(work / "disk.raw"), f"{DISK_MB}M"),
+        ]
     )
     run(["qemu-img", "convert", "-O", "qcow2", str(work / "disk.raw"), str(result / "disk.qcow2")])
 
@@ -286,11 +290,13 @@ def _initramfs(root: Path, modules: list[Path]) -> bytes:
 
 def _install_inside(root: Path) -> None:
     """Put our own files into dom0, byte-compiled: Python's compiler is slow under emulation."""
-    shutil.copyfile(HERE / "inside/lab-init", root / "usr/sbin/lab-init")
-    os.chmod(root / "usr/sbin/lab-init", 0o755)
     package = root / "usr/lib/xenlab/inside"
     package.mkdir(parents=True)
-    for path in HERE.glob("inside/*.py"):
+    programs = {"lab-init": "usr/sbin", "lift-dm": "usr/lib/xenlab", "record_dm.py": "usr/lib/xenlab"}
+    for name, folder in programs.items():
+        shutil.copyfile(HERE / "inside" / name, root / folder / name)
+        (root / folder / name).chmod(0o755)
+    for path in set(HERE.glob("inside/*.py")) - {HERE / "inside/record_dm.py"}:
         shutil.copyfile(path, package / path.name)
     compiled = ["/usr/lib/xenlab", *("/" + str(path.relative_to(root)) for path in root.glob("usr/lib/python3*"))]
     compile_python(root, compiled)

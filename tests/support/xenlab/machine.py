@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -39,6 +38,7 @@ LINUX_OPTIONS = "console=hvc0 quiet mitigations=off audit=0 random.trust_cpu=on 
 BOOT_S = 180.0
 RESUME_S = 60.0
 END_S = 20.0
+STARTING_S = 60.0
 
 
 class Warm(Record):
@@ -124,11 +124,12 @@ class Machine:
                 self._await(lambda: self.qmp("query-status")["status"] != "inmigrate", RESUME_S)
                 self.qmp("cont")
             self.port = _forwarded_port(self.qmp("human-monitor-command", **{"command-line": "info usernet"}))
-        except BaseException as error:
+        except (OSError, RuntimeError) as error:
             said = self.log()
             self.end()
-            if isinstance(error, (OSError, RuntimeError)):
-                raise RuntimeError(f"the emulated Xen host did not start: {error}; QEMU said: {said}") from error
+            raise RuntimeError(f"the emulated Xen host did not start: {error}; QEMU said: {said}") from error
+        except BaseException:
+            self.end()
             raise
 
     @property
@@ -240,7 +241,10 @@ def warm(made: Image, ready: Callable[[Machine], None]) -> Warm:
     result = Warm(state=f"{folder}/state.zst", disk=f"{folder}/disk.qcow2")
     with image.locked(f"{made.suite}.lock"):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=made.folder, prefix="warming-") as work, Machine(made, made.disk) as host:
+            with (
+                tempfile.TemporaryDirectory(dir=made.folder, prefix="warming-") as work,
+                Machine(made, made.disk) as host,
+            ):
                 ready(host)
                 Path(work, "result").mkdir()
                 host.save(f"{work}/result/state.zst")
@@ -275,9 +279,11 @@ def _lock_within(fd: int, within_s: float) -> None:
 
 
 def _sweep(runs: Path) -> None:
-    """Remove what machines left whose starter was killed: nobody holds their lock."""
+    """Remove what machines left whose starter was killed: nobody holds their lock, and none is about to."""
     for lock in runs.glob("*/lock"):
         try:
+            if time.time() - lock.stat().st_mtime < STARTING_S:
+                continue
             with lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(lock.parent, ignore_errors=True)

@@ -109,7 +109,7 @@ def follow(domid: int) -> bool:
 
 
 def serial(domid: int) -> str | None:
-    """Return what was kept so far, or None if nobody follows it."""
+    """Return what was kept so far, or None if it is not followed."""
     try:
         with open(f"/run/serial/{domid}", encoding="ascii", errors="replace") as file:
             return file.read().replace("\r", "")
@@ -118,7 +118,7 @@ def serial(domid: int) -> str | None:
 
 
 def wait_for_serial(domid: int, pattern: str, timeout_s: float, after: int = 0) -> str | None:
-    """Return what was kept once ``pattern`` (a plain text) stands in it behind ``after``, or what there is in the end."""
+    """Return what was kept once ``pattern`` stands in it behind ``after``, or what there is in the end."""
     deadline = time.monotonic() + timeout_s
     while True:
         text = serial(domid) if follow(domid) else None

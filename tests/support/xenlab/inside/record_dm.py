@@ -44,7 +44,9 @@ def main() -> None:
         "cwd": os.getcwd(),
         "umask": os.umask(0o22),
         "own_session": os.getsid(0) == os.getpid(),
-        "ns": {n: os.readlink(f"/proc/self/ns/{n}") == os.readlink(f"/proc/1/ns/{n}") for n in os.listdir("/proc/self/ns")},
+        "ns": {
+            n: os.readlink(f"/proc/self/ns/{n}") == os.readlink(f"/proc/1/ns/{n}") for n in os.listdir("/proc/self/ns")
+        },
         "limits": {n: resource.getrlimit(getattr(resource, n)) for n in dir(resource) if n.startswith("RLIMIT_")},
     }
     os.umask(record["umask"])  # type: ignore[arg-type]  # the one value of that type

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Xen host for each Debian suite, one suite after the other, in QEMU's emulation."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.support.host import need
+from tests.support.xenlab import image
+from tests.support.xenlab.dom0 import Dom0
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session", params=sorted(image.SUITES))
+def suite(request: pytest.FixtureRequest) -> str:
+    """Return the Debian suite of dom0; its image is built now if there is none."""
+    need(os.geteuid() == 0, what="root")
+    need(not image.missing(), what="xen")
+    name: str = request.param
+    image.ensure(name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def dom0(suite: str) -> Iterator[Dom0]:
+    """Return a dom0 that the tests of a module share; each ends the guests that it starts."""
+    with Dom0.start(suite) as made:
+        yield made
