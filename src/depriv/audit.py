@@ -14,12 +14,13 @@ from depriv import proc, xenaudit
 from depriv.errors import HostError
 from depriv.records import Record
 from depriv.report import AuditReport, Check, printable
+from depriv.sockets import accepted_sockets, closed_meanwhile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from depriv.report import Expected, Grant
+    from depriv.report import Expected
 
 CAPS = (("inheritable", "Inh"), ("permitted", "Prm"), ("effective", "Eff"), ("bounding", "Bnd"), ("ambient", "Amb"))
 # What QEMU makes for itself and nobody else can reach. Not: inotify, io_uring, userfaultfd, pidfd, bpf.
@@ -161,8 +162,8 @@ def _gather(pid: int, state: str, expected: Expected | None) -> _Facts:
     grants = () if expected is None else expected.grants
     granted = {(grant.dev, grant.ino) for grant in grants}
     strange = tuple(fd for fd in fds if expected is not None and (fd.dev, fd.ino) not in granted)
-    accepted = _accepted(pid, strange, grants)
-    gone = _closed_meanwhile(pid, {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)} - accepted)
+    accepted = accepted_sockets(pid, strange, grants)
+    gone = closed_meanwhile(pid, {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)} - accepted)
     return _Facts(
         state=state,
         threads=tuple(status for _, status in living),
@@ -192,41 +193,6 @@ def _cgroups(pid: int, tid: int) -> dict[str, str]:
     if proc.is_ending(pid, tid):
         raise ProcessLookupError
     return found
-
-
-def _accepted(pid: int, strange: tuple[proc.OpenFd, ...], grants: tuple[Grant, ...]) -> frozenset[int]:
-    """Return the inodes of sockets that were accepted from a granted listening socket.
-
-    accept(2) makes a socket in the connecting side's network namespace with the listener's name. Source:
-    net/unix/af_unix.c, unix_stream_connect (Linux 6.1). Our side is made in the guest's (``Monitor.connect``), where
-    no user of the host can bind a name that looks like one of ours.
-    """
-    wanted = {fd.ino for fd in strange if stat.S_ISSOCK(fd.mode)}
-    listeners = {grant.ino for grant in grants if grant.kind == "socket"}
-    if not wanted or not listeners:
-        return frozenset()
-    sockets = proc.unix_sockets(pid)
-    paths = {sockets[ino].path for ino in listeners if ino in sockets and sockets[ino].listening}
-    return frozenset(
-        ino for ino in wanted if ino in sockets and sockets[ino].path in paths and not sockets[ino].listening
-    )
-
-
-def _closed_meanwhile(pid: int, inodes: set[int]) -> set[int]:
-    """Return those sockets that no thread has open any more.
-
-    The kernel's table of sockets is read after the descriptors: a connection to the monitor that ended in between,
-    ours of a moment ago, would pass for one that nobody granted.
-    """
-    if not inodes:
-        return inodes
-    still: set[int] = set()
-    for tid in proc.threads(pid):
-        try:
-            still.update(fd.ino for fd in proc.fds(pid, tid) if stat.S_ISSOCK(fd.mode))
-        except ProcessLookupError:
-            continue
-    return inodes - still
 
 
 def _held_elsewhere(pid: int, strange: tuple[proc.OpenFd, ...]) -> frozenset[int]:

@@ -32,6 +32,7 @@ _MAGIC = (
     (b"LUKS\xba\xbe", "luks"),
     (b"\x7fELF", "elf"),
 )
+_TEXT_BYTES_MAX = 1 << 20
 _QCOW2_DATA_FILE = 0x44415441  # docs/interop/qcow2.txt, QEMU 7.2: header extension type
 
 
@@ -127,6 +128,23 @@ def find_in_path(name: str) -> str:
         if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     return f"/usr/bin/{name}"  # not there: the error says so
+
+
+def read_text(path: str) -> str:
+    """Return the text of a small file of the caller's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, or too large to be what it should be.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        data = os.read(fd, _TEXT_BYTES_MAX + 1) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    finally:
+        os.close(fd)
+    if data is None or len(data) > _TEXT_BYTES_MAX:
+        raise ValueError(f"{path} is no regular file" if data is None else f"{path} is too large")
+    return data.decode("utf-8", "surrogateescape")
 
 
 def has_seccomp(path: str) -> bool:

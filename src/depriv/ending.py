@@ -63,11 +63,7 @@ def finish(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: float | N
 
 def forget(entry: Entry, registry: Registry) -> None:
     """Remove the entry of a domain of which nothing lives, and let its ids rest. The domain must be locked."""
-    for path, dev, ino in entry.left:
-        with contextlib.suppress(OSError):
-            have = os.lstat(path)
-            if (have.st_dev, have.st_ino) == (dev, ino):
-                os.unlink(path)
+    remove_left(entry.left)
     with registry.locked():
         registry.remove(entry.domid, used=bool(entry.uid) or entry.state in ("damaged", "waiting"))
         if not registry.domids():
@@ -75,6 +71,15 @@ def forget(entry: Entry, registry: Registry) -> None:
             # to be started again has no cgroup any more, and may be the last of its registry all the same.
             for path in {entry.cgroup, registry.cgroup(entry.domid)} - {""}:
                 cgroup.remove_folder(os.path.dirname(path))
+
+
+def remove_left(left: tuple[tuple[str, int, int], ...]) -> None:
+    """Remove files outside a domain's folder that end with it, where they are still the ones that were made."""
+    for path, dev, ino in left:
+        with contextlib.suppress(OSError):
+            have = os.lstat(path)
+            if (have.st_dev, have.st_ino) == (dev, ino):
+                os.unlink(path)
 
 
 def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:

@@ -8,6 +8,7 @@ parent and kills it when its control socket closes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ import stat
 import time
 
 from depriv import detect, launching, lifecycle
+from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
 from depriv.ending import finish
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
@@ -22,6 +24,7 @@ from depriv.opener import Opened
 from depriv.planner import refuse_name
 from depriv.qemu.draft import Allowed, Request
 from depriv.qemu.translate import translate
+from depriv.report import Grant
 from depriv.requests import SOURCE_BASE, Run, plan_run, plan_run_discovery
 from depriv.spawn import Jail
 
@@ -70,7 +73,7 @@ def understand_with(words: tuple[str, ...], allowed: Allowed, *, cwd: str) -> Re
             seen[path] = detect.look_at(path)
         return seen[path]
 
-    return translate(words, look=look, allowed=allowed, cwd=cwd)
+    return translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text)
 
 
 class Wish(lifecycle.Wish):
@@ -88,6 +91,8 @@ class Wish(lifecycle.Wish):
         self._prepared = False
         self.restricted = True
         self.loads = bool(request.incoming_role)
+        self.keeps_jail = not request.daemonize
+        self.jail: Jail | None = None
         self.entry: Entry | None = None
         self.run = Run(name=self.name, request=request, device_model_user=options.user, keep_net=options.keep_net)
         self.facts = {
@@ -139,6 +144,17 @@ class Wish(lifecycle.Wish):
                 self.opened.open(opening)
         self._prepared = True
 
+    def late(self) -> tuple[Grant, ...]:
+        """Return what is handed over by QMP: listening sockets, and a saved state."""
+        found: list[Grant] = []
+        for role, fd in self.opened.kept.items():
+            have = os.fstat(fd)
+            kind = KIND_OF_MODE.get(stat.S_IFMT(have.st_mode), "socket")
+            access = ("ro", "wo", "rw")[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
+            grant = Grant(role=role, kind=kind, dev=have.st_dev, ino=have.st_ino, rdev=have.st_rdev, access=access)
+            found.append(grant)
+        return tuple(found)
+
     def see_through(self, running: Running, *, paused: bool) -> None:
         """Hand over what is handed over late, and let the guest run."""
         monitor = running.monitor
@@ -156,6 +172,7 @@ class Wish(lifecycle.Wish):
             running.jail.release()
         else:
             running.jail.watch()
+            self.jail = running.jail
         self.let_run(running, paused=paused)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
@@ -248,9 +265,10 @@ def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, s
             jail=jail,
         )
         entry = wish.entry or started.entry
-        if wish.request.daemonize:
+        if wish.jail is None:
             return 0
-        status = _until_its_end(jail, started.entry)
+        with wish.jail:
+            status = _until_its_end(wish.jail, started.entry)
     _forget(entry, registry)
     return status if status >= 0 else 128 - status
 

@@ -12,6 +12,7 @@ import select
 import time
 
 from depriv import proc, status
+from depriv.ending import remove_left
 from depriv.errors import HostError, JailError, MonitorError
 from depriv.guestlog import Log, start_fix
 from depriv.report import Expected, Grant, Limit
@@ -20,7 +21,7 @@ from depriv.steps import ListenUnix, OpenFile, SetLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from depriv.assembly import Launch
     from depriv.entry import Entry
@@ -74,11 +75,13 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
     *,
     see_through: Callable[[Running], None],
     loads: bool,
+    late: tuple[Grant, ...],
     times: list[tuple[str, float]],
 ) -> tuple[Entry, AuditReport]:
     """Do the plan, empty QEMU's root, audit it, and hand what there is to ``see_through``, which lets the guest run.
 
-    With ``loads``, it lets QEMU read a saved state first, and audits again: only then QEMU locks its images.
+    ``late`` is what QEMU is handed by QMP later on. With ``loads``, ``see_through`` lets QEMU read a saved state first,
+    and audits again: only then QEMU locks its images.
 
     Raises:
         DeprivError: something failed, or not every restriction holds. Nothing is left when the jail is closed.
@@ -86,6 +89,7 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
     launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
     times += [(f"jail: {name}", at) for name, at in launched.times]
     with (
+        _own_sockets(launch) as sockets,
         status.closing(launched.pidfd),
         _own_log(launch) as log,
         _await_prelaunch(launch, launched, log) as monitor,
@@ -98,12 +102,12 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
         if launch.plan.after:
             jail.empty_root(timeout_s=QMP_TIMEOUT_S)
         times.append(("empty root", time.monotonic()))
-        entry = entry.replace(expected=_expected(launch, entry, launched))
+        entry = entry.replace(expected=_expected(launch, entry, launched, late))
         others = _others(registry, entry.domid)
         report = audit(launched.pid, expected=entry.expected, others=others)
         _refuse_unless_it_holds(report, launch, but=("locks.",) if loads else ())
         times.append(("audit", time.monotonic()))
-        entry = entry.replace(state="running", left=(*entry.left, *_sockets_outside(launch)))
+        entry = entry.replace(state="running", left=(*entry.left, *sockets))
         registry.save(entry)
         times.append(("registry", time.monotonic()))
 
@@ -121,10 +125,16 @@ def file_left(path: str) -> tuple[str, int, int]:
     return (path, have.st_dev, have.st_ino)
 
 
-def _sockets_outside(launch: Launch) -> tuple[tuple[str, int, int], ...]:
-    """Return the sockets that were made where the user said: QEMU itself can remove nothing."""
+@contextlib.contextmanager
+def _own_sockets(launch: Launch) -> Generator[tuple[tuple[str, int, int], ...]]:
+    """Return the sockets that were made where the user said, and remove them if the start fails: QEMU cannot."""
     made = [step.path for step in launch.plan.steps if isinstance(step, ListenUnix)]
-    return tuple(file_left(path) for path in made if not path.startswith(f"{launch.directory}/"))
+    left = tuple(file_left(path) for path in made if not path.startswith(f"{launch.directory}/"))
+    try:
+        yield left
+    except BaseException:
+        remove_left(left)
+        raise
 
 
 def _own_log(launch: Launch) -> contextlib.AbstractContextManager[Log | None]:
@@ -235,7 +245,7 @@ def _own_folders(launched: Launched, log: Log) -> str:
     return "\n".join([said, *found])
 
 
-def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
+def _expected(launch: Launch, entry: Entry, launched: Launched, late: tuple[Grant, ...]) -> Expected:
     """Write down what the audit is to find from now on: from the plan, and from what the jail really opened."""
     files = {step.role: step for step in launch.plan.steps if isinstance(step, OpenFile)}
     paths = {"log": f"{launch.directory}/log"}
@@ -271,7 +281,7 @@ def _expected(launch: Launch, entry: Entry, launched: Launched) -> Expected:
         ),
         environ=execute["environ"],
         cgroup="/" + "/".join(launch.cgroup.split("/")[-2:]),
-        grants=tuple(grants),
+        grants=(*grants, *late),
         xen_domid=launch.xen_domid,
     )
 

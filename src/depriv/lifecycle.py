@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from depriv.host import Holding, Host
     from depriv.launching import Running
     from depriv.registry import Registry
-    from depriv.report import AuditReport
+    from depriv.report import AuditReport, Grant
 
 
 class Started:
@@ -52,6 +52,7 @@ class Started:
 class Wish:
     """What is to be started, however it was asked for: how to look at the host for it, and how to plan it."""
 
+    keeps_jail = False  # which goes on as QEMU's keeper, until the caller closes it
     loads = False  # a saved state, before the guest goes on
     may_move = True  # to another domid, and so uid, if somebody who does not die has that of the first
 
@@ -93,6 +94,10 @@ class Wish:
 
     def prepare(self) -> None:
         """Do what has to be done before the jail: nothing, for a configuration."""
+
+    def late(self) -> tuple[Grant, ...]:
+        """Return what QEMU is handed after its start."""
+        return ()
 
     def see_through(self, running: Running, *, paused: bool) -> None:
         """Let the guest run, or not, once all is audited."""
@@ -167,6 +172,8 @@ def start(  # noqa: PLR0913 (as above)
                     instead=instead,
                     restarts=restarts,
                 )
+                if wish.keeps_jail:
+                    kept.pop_all()
                 return Started(entry, report, launch, times)
             except JailError as error:
                 if not (attempts_left and wish.may_move and _is_uid_held(error)):
@@ -236,6 +243,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
                 jail,
                 see_through=lambda running: wish.see_through(running, paused=paused),
                 loads=wish.loads,
+                late=wish.late(),
                 times=times,
             )
             if instead is not None:
@@ -270,9 +278,10 @@ def _holdings(registry: Registry, own: Entry, instead: Entry | None) -> tuple[Ho
 
 def _reserve(wish: Wish, registry: Registry, jail: Jail, restarts: int) -> Entry:
     """Return the entry that keeps name and domid; who it runs as and what it opens is not known yet."""
+    domid = wish.domid()  # which may decide the name
     return Entry(
         name=wish.name,
-        domid=wish.domid(),
+        domid=domid,
         state="starting",
         uid=0,
         gid=0,

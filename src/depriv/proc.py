@@ -82,6 +82,13 @@ class UnixSocket(Record):
     listening: bool
 
 
+class TcpSocket(Record):
+    """One line of /proc/net/tcp or tcp6."""
+
+    port: int  # the local one
+    state: str  # two hexadecimal digits
+
+
 def _base(pid: int, tid: int | None) -> str:
     return f"/proc/{pid}" if tid is None else f"/proc/{pid}/task/{tid}"
 
@@ -405,15 +412,32 @@ def processes_of(
     return tuple(process for process in every if uid in process.uids or gid in process.gids)
 
 
-def unix_sockets(pid: int) -> dict[int, UnixSocket]:
+def tcp_sockets() -> dict[int, TcpSocket]:
+    """Return inode -> TCP socket of our own network namespace, the host's. Source: proc_net_tcp.rst, Linux 6.1."""
+    found: dict[int, TcpSocket] = {}
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = os.fsdecode(_read(f"/proc/self/net/{name}")).split("\n")[1:]
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        for line in lines:
+            words = line.split()
+            if len(words) > 9 and words[9].isdecimal():
+                found[int(words[9])] = TcpSocket(port=int(words[1].rpartition(":")[2], 16), state=words[3])
+    return found
+
+
+def unix_sockets(pid: int | None) -> dict[int, UnixSocket]:
     """Return inode -> socket with a path, of a process's network namespace. Source: proc_pid_net(5), unix.
+
+    For None, of our own.
 
     Paths are printed raw, and a newline in one can forge a line: an inode that is named twice is left out.
     """
     found: dict[int, UnixSocket] = {}
     seen: set[int] = set()
     twice: set[int] = set()
-    for line in os.fsdecode(_read(f"/proc/{pid}/net/unix")).split("\n"):
+    for line in os.fsdecode(_read(f"/proc/{'self' if pid is None else pid}/net/unix")).split("\n"):
         words = line.split(None, 7)
         if len(words) < 7 or not words[6].isdecimal():
             continue

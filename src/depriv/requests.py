@@ -82,7 +82,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         privates=_privates(request),
         images=tuple(image.hold for image in images),
         queues=request.vcpus * len(images),
-        file_bytes_max=max([0, *map(_bytes_max, images), *map(_written_max, request.openings)]),
+        file_bytes_max=max([_memory_file(request), *map(_bytes_max, images), *map(_written_max, request.openings)]),
         own_log=discover or request.daemonize,
         keep_net=run.keep_net,
         ptys=request.ptys,
@@ -167,6 +167,12 @@ def _bytes_max(image: ImageFile) -> int:
     if not image.writable:
         return 0
     return _UNKNOWN_BYTES_MAX if image.format in _GROWING else image.size_max
+
+
+def _memory_file(request: Request) -> int:
+    """Return what RLIMIT_FSIZE has to allow for memory in a memfd: it counts as a file."""
+    memfd = any("memory-backend-memfd" in word for word in request.argv)
+    return request.memory_mib * _MIB if memfd else 0
 
 
 def _written_max(opening: Opening) -> int:

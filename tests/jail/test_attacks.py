@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attacker in QEMU's place, in the real jail, under the planner's plan: what it may do is listed here, act by act.
 
-It installs no filter, as QEMU does with -sandbox: what is refused here is refused without QEMU's help. A later filter
-of our own makes PERMITTED shorter. That each refused act can succeed at all is shown by test_attacker_unconfined.py.
+It installs no filter, as QEMU does with -sandbox: what is refused here is refused without QEMU's help. The same acts
+are tried without our own filter, too: what the other layers refuse by themselves they still do. That each refused act
+can succeed at all is shown by test_attacker_unconfined.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from depriv import seccomp, steps
 from depriv.proc import read_status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support.launch import Ground, Running
@@ -29,52 +31,62 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 SANDBOX = "QEMU's own -sandbox denies it"
-FILTER = "until there is a system call filter of our own; it reaches nothing of the host or of others"
+NEEDED = "QEMU needs the call"
 PERMITTED = {
     "list_root": "its root: dev/null and the folders that EmptyRoot removes once QEMU has started",
-    "handle_name": "a name for its own empty root; opening by handle is refused",
     "environment": "LC_ALL, MALLOC_ARENA_MAX, TZ, and nothing of the host's",
     "extra_fds": "the monitor's listening socket; test_launch.py compares the descriptors",
-    "watch_inotify": FILTER,
-    "memfd": FILTER + "; its size is bounded by RLIMIT_FSIZE",
-    "socket_inet": FILTER + "; its network namespace has no interface that is up",
-    "socket_inet6": FILTER + "; its network namespace has no interface that is up",
-    "socket_udp": FILTER + "; its network namespace has no interface that is up",
-    "bind_inet": FILTER + "; nobody is in its network namespace",
-    "socket_unix": FILTER + "; abstract names belong to its network namespace, and it sees no path",
-    "bind_abstract": FILTER + "; abstract names belong to its network namespace",
-    "socket_pair": FILTER,
-    "socket_netlink": FILTER + "; it speaks to its own network namespace",
-    "socket_audit": FILTER + "; it speaks to its own network namespace",
-    "socket_uevent": FILTER + "; it speaks to its own network namespace",
-    "socket_vsock": "no namespace confines AF_VSOCK: until there is a system call filter of our own",
-    "perf_self": FILTER,
-    "userfault_user": FILTER,
-    "shm": FILTER + "; in its own IPC namespace",
-    "sem": FILTER + "; in its own IPC namespace",
-    "msg": FILTER + "; in its own IPC namespace",
-    "secret_memory": FILTER,
+    "watch_inotify": "there is nothing to be watched but its empty root",
+    "memfd": NEEDED + "; its size is bounded by RLIMIT_FSIZE",
+    "socket_pair": "both ends are its own",
+    "shm": "in its own IPC namespace",
+    "sem": "in its own IPC namespace",
+    "msg": "in its own IPC namespace",
     "map_exec": "an emulator writes the code it executes; QEMU's split-wx=on would do without",
     "thread": "QEMU has threads; RLIMIT_NPROC bounds them",
     "dumpable": "its own choice; other uids gain nothing by it, and of its own there is nobody",
+    "session": SANDBOX,
+    "affinity": SANDBOX,
+}
+
+# What our filter alone refuses, with EPERM unless said otherwise -> how far it would go without.
+NO_NETWORK = "in a network namespace that has no interface that is up"
+OWN_KEYS = "keys belong to its uid and user namespace"
+FILTER_ALONE = {
+    "listener_connect": "to any port of the host: a socket stays in the network namespace it was made in",
+    "listener_sendto": "the same, by MSG_FASTOPEN",
+    "listener_sendmsg": "the same, by MSG_FASTOPEN",
+    "listener_sendmmsg": "the same, by MSG_FASTOPEN",
+    "socket_vsock": "to the host: no namespace confines AF_VSOCK",
+    "socket_inet": NO_NETWORK,
+    "socket_inet6": NO_NETWORK,
+    "socket_udp": NO_NETWORK,
+    "bind_inet": NO_NETWORK,
+    "socket_unix": "abstract names belong to its network namespace, and it sees no path",
+    "bind_abstract": "abstract names belong to its network namespace",
+    "socket_netlink": "to its own network namespace",
+    "socket_audit": "to its own network namespace",
+    "socket_uevent": "to its own network namespace",
+    "handle_name": "a name for its own empty root; opening by handle is refused",
+    "perf_self": "into the kernel's code for it, and no further",
+    "userfault_user": "into the kernel's code for it, and no further",
+    "secret_memory": "memory that is its own",
     "fork_one": SANDBOX,
     "vfork_one": SANDBOX,
     "clone_one": SANDBOX,
-    "clone3_one": SANDBOX,
+    "clone3_one": SANDBOX + "; of ours comes ENOSYS",
     "clone_vm": SANDBOX,
     "exec_memfd": SANDBOX,
-    "session": SANDBOX,
-    "key_session": FILTER + "; keys belong to its uid and user namespace",
-    "key_add": FILTER + "; keys belong to its uid and user namespace",
-    "key_request": FILTER + "; keys belong to its uid and user namespace",
-    "affinity": SANDBOX,
+    "key_session": OWN_KEYS,
+    "key_add": OWN_KEYS,
+    "key_request": OWN_KEYS,
     "persona": SANDBOX,
-    "ldt": FILTER,
+    "ldt": "its own segments",
     "quota": "Q_SYNC of no device needs no privilege: sync(2) by another name",
-    "int80_getpid": "the 32-bit entry stays open until there is a system call filter of our own",
+    "int80_getpid": "every call by its number on 32 bits; it ends the process",
 }
 
-REFUSED = {  # what the kernel says -> to which acts
+REFUSED = {  # what the kernel says if there were no filter -> to which acts
     # There is nothing to be seen.
     "ENOENT": """
         read_passwd read_shadow read_dotdot read_usr read_sh read_home read_run read_boot path_read path_write path_stat
@@ -115,7 +127,17 @@ REFUSED = {  # what the kernel says -> to which acts
         load_module load_module_fd unload_module kexec io_perm io_port x32_getpid""",
 }
 
-# Whatever a filter may add: none of these may ever be permitted.
+# What is refused twice: our filter speaks first, and says EPERM.
+FILTERED_TOO = """
+    mkfifo_root mknod_null handle_open watch_fanotify socket_raw socket_packet socket_ping socket_alg socket_key
+    socket_xdp socket_can socket_bluetooth socket_tipc connect_inet connect_socket connect_abstract bind_path
+    kcmp_victim vm_readv_victim vm_writev_victim ptrace_victim bpf_map bpf_prog perf_system io_uring userfault
+    load_module load_module_fd unload_module kexec host_name clone_newpid clone_newuser swap_on accounting reboot_wrong
+    kernel_log io_perm io_port x32_getpid chroot_root pivot mount_none mount_private umount_root fs_open
+    open_tree_clone mount_move setns_self unshare_user unshare_net unshare_pid unshare_mount
+"""
+
+# Whatever a filter adds: without it, too, none of these may be permitted.
 NEVER = """
     path_read path_write path_stat connect_socket connect_abstract connect_inet kill_victim ptrace_victim
     pidfd_getfd_victim pidfd_signal_victim vm_readv_victim vm_writev_victim proc_victim_mem proc_victim_root
@@ -181,28 +203,56 @@ def try_all(ground: Ground, program: str = "") -> dict[str, str]:
     return {act: outcome.result for act, outcome in result.items()}
 
 
-def table() -> dict[str, str]:
-    """Return act -> what may come of it."""
-    return {act: errnos for errnos, acts in REFUSED.items() for act in acts.split()} | dict.fromkeys(PERMITTED, "ok")
+def of_network(act: str) -> bool:
+    """Tell whether an act is the filter's affair only while QEMU is not to make sockets."""
+    return act.startswith(("socket_", "connect_", "bind_", "listener_")) and act != "socket_pair"
 
 
-def test_attacker_in_the_jail_is_refused_all_that_is_not_listed(outcomes: dict[str, build.Outcome]) -> None:
-    want = table()
-    have = {act: outcome.result for act, outcome in outcomes.items()}
+def table(*, spared: Callable[[str], bool] = lambda _: False) -> dict[str, str]:
+    """Return act -> what may come of it; the filter leaves alone what is ``spared``."""
+    want = {act: errnos for errnos, acts in REFUSED.items() for act in acts.split()}
+    want |= dict.fromkeys((*PERMITTED, *FILTER_ALONE), "ok")
+    own = dict.fromkeys((*FILTER_ALONE, *FILTERED_TOO.split()), "EPERM")
+    own |= {"clone3_one": "ENOSYS", "int80_getpid": "killed"}
+    return want | {act: errno for act, errno in own.items() if not spared(act)}
+
+
+def differing(have: dict[str, str], want: dict[str, str]) -> dict[str, str]:
     assert have.keys() == want.keys()
-    wrong = {act: f"{have[act]}, not {want[act]}" for act in have if have[act] not in want[act].split()}
-    assert wrong == {}
+    return {act: f"{have[act]}, not {want[act]}" for act in have if have[act] not in want[act].split()}
+
+
+def test_attacker_in_the_jail_is_refused_all_that_is_not_listed(ground: Ground) -> None:
+    assert differing(try_all(ground), table()) == {}
+
+
+def test_what_the_filter_has_no_part_in_is_refused_without_it(ground: Ground) -> None:
+    """Namespaces, root, ids, limits: each holds by itself, and what hangs by the filter alone is known."""
+    assert differing(try_all(ground, ALLOW_ALL), table(spared=lambda _: True)) == {}
+
+
+def test_network_namespace_is_a_wall_of_its_own(ground: Ground) -> None:
+    """With the filter of a QEMU in the host's network, but in a network namespace: nothing of the host is reached.
+
+    But for a socket that was made in the host's: a listener that is handed in is why the filter has to be.
+    """
+    program = seccomp.program(os.uname().machine, network=True)
+    have = try_all(ground, program)
+    assert differing(have, table(spared=of_network)) == {}
+    reached = {act for act in have if act.startswith(("connect_", "listener_")) and have[act] == "ok"}
+    assert reached == {"listener_connect", "listener_sendto", "listener_sendmsg", "listener_sendmmsg"}
 
 
 def test_every_act_of_the_catalogue_is_in_one_list_only() -> None:
-    acts = [act for group in REFUSED.values() for act in group.split()]
+    acts = [act for group in REFUSED.values() for act in group.split()] + [*PERMITTED, *FILTER_ALONE]
     assert len(acts) == len(set(acts))
-    assert not set(acts) & PERMITTED.keys()
+    assert set(FILTERED_TOO.split()) <= {act for group in REFUSED.values() for act in group.split()}
     assert all(PERMITTED.values())
+    assert all(FILTER_ALONE.values())
 
 
-def test_what_reaches_the_host_or_others_is_not_among_the_permitted() -> None:
-    assert set(NEVER.split()) & PERMITTED.keys() == set()
+def test_what_reaches_the_host_or_others_is_permitted_by_no_other_layer_either() -> None:
+    assert set(NEVER.split()) & (PERMITTED.keys() | FILTER_ALONE.keys()) == set()
     assert set(NEVER.split()) <= table().keys()
 
 
@@ -297,8 +347,17 @@ def test_uid_alone_keeps_two_guests_apart(ground: Ground) -> None:
     ground.forget(second)
 
 
-def test_fork_bomb_ends_at_the_limit_and_with_its_first_process(ground: Ground) -> None:
+def test_fork_bomb_does_not_begin(ground: Ground) -> None:
     launch = ground.launch("--bomb", "5000")
+    with running(launch) as started:
+        assert wait_for(lambda: "\n" in started.log.raw())
+        assert started.log.raw().split() == ["bomb", "0", "EPERM"]
+        assert len(ground.snapshot().processes) == 1
+    ground.forget(launch)
+
+
+def test_fork_bomb_that_no_filter_stops_ends_at_the_limit_and_with_its_first_process(ground: Ground) -> None:
+    launch = with_filter(ground.launch("--bomb", "5000"))
     with running(launch) as started:
         assert wait_for(lambda: "\n" in started.log.raw())
         _, count, result = started.log.raw().split()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support import host
-from tests.support.launch import TIMEOUT_S, ended, injected, running, wait_for
+from tests.support.launch import TIMEOUT_S, ended, injected, running, taking, wait_for
 
 from depriv import steps
 from depriv.cgroup import find_cgroup
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tests.support.launch import Ground
 
+    from depriv.assembly import Launch
     from depriv.records import Record
 
 pytestmark = pytest.mark.root
@@ -40,6 +41,7 @@ NONE = "/no/such/place"
 WRONG: dict[type[Record], tuple[str, Any, int]] = {
     steps.Reap: ("lock", NONE, errno.ENOENT),
     steps.OpenFile: ("path", NONE, errno.ENOENT),
+    steps.TakeFd: ("source", 1 << 20, errno.EBADF),
     steps.ListenUnix: ("path", NONE, errno.ENOENT),
     steps.MakeFifo: ("path", NONE, errno.ENOENT),
     steps.MakeCgroup: ("path", "/proc/depriv/1", errno.ENOENT),
@@ -51,6 +53,7 @@ WRONG: dict[type[Record], tuple[str, Any, int]] = {
     steps.CopyFile: ("path", NONE, errno.ENOENT),
     steps.SetHostname: ("name", "x" * 65, errno.EINVAL),  # __NEW_UTS_LEN, <linux/utsname.h>
     steps.SetLimit: ("value", 1 << 40, 0),
+    steps.Filter: ("program", "00" * 8, errno.EINVAL),  # it loads a constant, and does not return
     steps.Execute: ("path", NONE, errno.ENOENT),
 }
 # Above fs.nr_open the kernel refuses RLIMIT_NOFILE to root, too: getrlimit(2).
@@ -65,6 +68,7 @@ FORK = "clone3:when=1" if find_cgroup()[1] == 2 else "clone:when=2"
 # Kind of step -> strace's rule. Calls are counted for each process by itself.
 INJECTED: dict[type[Record], tuple[tuple[str, int], ...]] = {
     steps.Reap: (("setgroups:error=EPERM:when=1", errno.EPERM), ("setresuid:error=EAGAIN:when=1", errno.EAGAIN)),
+    steps.TakeFd: (("pidfd_open:error=EMFILE:when=1", errno.EMFILE), ("pidfd_getfd:error=EPERM:when=1", errno.EPERM)),
     steps.ListenUnix: (("listen:error=ENOMEM:when=1", errno.ENOMEM), ("bind:error=ENOSPC:when=1", errno.ENOSPC)),
     steps.MakeFifo: (("mknodat:error=ENOSPC:when=1", errno.ENOSPC), ("fcntl:error=EPERM:when=7", errno.EPERM)),
     steps.Unshare: (("unshare:error=EPERM:when=1", errno.EPERM), ("unshare:error=ENOSPC:when=1", errno.ENOSPC)),
@@ -94,6 +98,7 @@ INJECTED: dict[type[Record], tuple[tuple[str, int], ...]] = {
         (f"prctl:error=EINVAL:when={LAST_CAP + 5}", errno.EINVAL),
         (f"prctl:error=EINVAL:when={LAST_CAP + 6}", errno.EINVAL),
     ),
+    steps.Filter: ((f"prctl:error=EACCES:when={LAST_CAP + 7}", errno.EACCES),),
     steps.Execute: (
         ("execve:error=ENOMEM:when=1", errno.ENOMEM),
         ("close_range:error=ENOSYS:when=1", errno.ENOSYS),
@@ -114,6 +119,12 @@ def changed(plan: steps.Plan, kind: type[Record], change: Callable[[Any], Any]) 
     detach += [one.path for one in made if isinstance(one, steps.MakePrivate)]
     after = tuple(one.replace(detach=tuple(detach)) for one in plan.after if isinstance(one, steps.EmptyRoot))
     return plan.replace(steps=made, after=after), step
+
+
+def planned(ground: Ground, kind: type[Record]) -> Launch:
+    """Return a launch that has a step of the kind."""
+    launch = ground.launch("--serve")
+    return taking(launch, steps.TakeFd(role="taken", source=0, number=20)) if kind is steps.TakeFd else launch
 
 
 def refused(plan: steps.Plan, *, strace: str = "", rule: str = "") -> JailError:
@@ -141,7 +152,7 @@ def test_every_kind_of_step_is_made_to_fail() -> None:
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
 def test_step_with_a_wrong_argument_is_named_and_leaves_nothing(ground: Ground, kind: type[Record]) -> None:
     before = ground.snapshot()
-    launch = ground.launch("--serve")
+    launch = planned(ground, kind)
     reserved = ground.snapshot()
     name, value, number = WRONG[kind]
     plan, step = changed(launch.plan, kind, lambda old: old.replace(**{name: value}))
@@ -159,7 +170,7 @@ def test_refused_system_call_is_reported_by_its_step_and_leaves_nothing(
     ground: Ground, strace: str, kind: type[Record], rule: str, number: int
 ) -> None:
     before = ground.snapshot()
-    launch = ground.launch("--serve")
+    launch = planned(ground, kind)
     reserved = ground.snapshot()
     error = refused(launch.plan, strace=strace, rule=rule)
     assert error.step in {steps.describe(step) for step in launch.plan.steps if isinstance(step, kind)}
@@ -269,6 +280,7 @@ BORDERS = (
         "prctl:when=1",
         "prctl:when=2",
         "setresgid:when=1",
+        f"prctl:when={LAST_CAP + 7}",  # the filter
         "execve:when=1",
     ),  # in the child
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.guests import compiled
-from tests.support.launch import TIMEOUT_S, Running, running, wait_for
+from tests.support.launch import TIMEOUT_S, Running, running, wait_for, with_filter
 
 from depriv import proc
 from depriv.errors import MonitorError
@@ -133,9 +133,9 @@ def hold_a_key() -> None:
 
 
 def test_device_model_does_not_possess_the_callers_session_keyring(ground: Ground) -> None:
-    """A possessor may read its keys, whatever its uid."""
+    """A possessor may read its keys, whatever its uid. Without our filter, which denies the calls besides."""
     ground.program = compiled(ground.folder, "probe", PROBE)
-    launch = ground.launch()
+    launch = with_filter(ground.launch())
 
     def start() -> str:
         hold_a_key()
@@ -166,9 +166,12 @@ def test_the_same_program_unconfined_reads_the_callers_keys(ground: Ground) -> N
 
 
 def test_socket_shows_no_interface_of_the_host_not_even_an_accepted_one(ground: Ground) -> None:
-    """A socket belongs to the namespace it was made in; an accepted one to that of who connects."""
+    """A socket belongs to the namespace it was made in; an accepted one to that of who connects.
+
+    Without our filter: with it there is no socket of its own.
+    """
     ground.program = compiled(ground.folder, "probe", PROBE)
-    launch = ground.launch()
+    launch = with_filter(ground.launch())
     with running(launch) as started:
         lines = said(started, "ready")
         assert "own: none" in lines

@@ -28,6 +28,7 @@ from depriv.openings import (
     ListenTcp,
     ListenUnixHere,
     OpenTap,
+    ReadFile,
     StartPasst,
     WriteFile,
 )
@@ -106,6 +107,8 @@ def _open(opening: Opening, ends: list[socket.socket]) -> dict[int, int]:
         case WriteFile():
             end_of = os.O_APPEND if opening.append else os.O_TRUNC
             return {opening.number: os.open(opening.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | end_of, 0o600)}
+        case ReadFile():
+            return {opening.number: os.open(opening.path, os.O_RDONLY | os.O_CLOEXEC)}
         case OpenTap():
             return dict(zip(opening.numbers, _tap(opening), strict=True))
         case Inherited():
@@ -372,9 +375,9 @@ def _discover() -> bytes:
     return _packet(17, "0.0.0.0", "255.255.255.255", struct.pack("!HHHH", 68, 67, 8 + len(body), 0) + body, 6)
 
 
-def _knock(port: int) -> bytes:
-    """Return a TCP SYN to the gateway, which is this host."""
-    return _packet(6, "10.0.2.15", "10.0.2.2", struct.pack("!HHIIBBHHH", 4000, port, 1, 0, 0x50, 2, 64000, 0, 0), 16)
+def _knock(target: str, port: int) -> bytes:
+    """Return a TCP SYN; the gateway is this host."""
+    return _packet(6, "10.0.2.15", target, struct.pack("!HHIIBBHHH", 4000, port, 1, 0, 0x50, 2, 64000, 0, 0), 16)
 
 
 def _frames(end: socket.socket, seconds: float) -> list[bytes]:
@@ -414,13 +417,14 @@ def _passt(request: Request) -> Iterator[socket.socket]:
 def test_passt_gives_the_guest_the_addresses_of_qemus_own_network_and_the_host_as_gateway(folder: Path) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as service,
-        _passt(_request("-nodefaults", "-netdev", "user,id=n", folder=folder)) as guest,
+        _passt(_request("-nodefaults", "-netdev", "user,id=n,dnssearch=a.b,dnssearch=c", folder=folder)) as guest,
     ):
         guest.send(_discover())
         (offer,) = _frames(guest, 1)
         assert socket.inet_ntoa(offer[42 + 16 : 42 + 20]) == "10.0.2.15"
         assert b"\x03\x04" + socket.inet_aton("10.0.2.2") in offer[42 + 240 :]
-        guest.send(_knock(service.getsockname()[1]))
+        assert b"\x01a\x01b\0\x01c\0" in offer[42 + 240 :]
+        guest.send(_knock("10.0.2.2", service.getsockname()[1]))
         service.settimeout(5)
         service.accept()[0].close()
 
@@ -432,7 +436,8 @@ def test_restricted_guest_gets_an_address_and_reaches_nobody(folder: Path) -> No
     ):
         guest.send(_discover())
         assert len(_frames(guest, 1)) == 1
-        guest.send(_knock(service.getsockname()[1]))
+        for target in ("10.0.2.2", "127.0.0.1"):
+            guest.send(_knock(target, service.getsockname()[1]))
         service.settimeout(1)
         with pytest.raises(TimeoutError):
             service.accept()

@@ -15,7 +15,7 @@ import pytest
 from tests.support.host import need
 
 from depriv.host import FileFacts
-from depriv.openings import Inherited, WriteFile
+from depriv.openings import Inherited, ReadFile, WriteFile
 from depriv.qemu.draft import Allowed, Draft
 from depriv.qemu.expand import expand
 from depriv.qemu.object_options import _KINDS, REFUSED_OBJECTS
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.qemu
 
+LATE = 59  # what is handed over by the monitor, once QEMU runs
 TINY = ("-nodefaults", "-display", "none", "-accel", "tcg", "-S", "-m", "32")
 # Text properties of devices: names, numbers and words that the guest sees, ids of other parts of the command line...
 PLAIN = (
@@ -114,13 +115,17 @@ def opened(draft: Draft) -> dict[int, str]:
         take(os.open(file.path, os.O_RDWR if file.access == "rw" else os.O_RDONLY), file.number)
         fds[file.number] = file.path
     for opening in draft.openings:
-        if isinstance(opening, WriteFile):
-            take(os.open(opening.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), opening.number)
-        elif isinstance(opening, Inherited):
-            os.dup2(opening.source, opening.number)
-        else:
-            pytest.fail(f"nothing here opens {opening}")
-        fds[opening.number] = opening.role
+        number = LATE if getattr(opening, "number", 0) < 0 else getattr(opening, "number", 0)
+        match opening:
+            case WriteFile():
+                take(os.open(opening.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            case ReadFile():
+                take(os.open(opening.path, os.O_RDONLY), number)
+            case Inherited():
+                os.dup2(opening.source, number)
+            case _:
+                pytest.fail(f"nothing here opens {opening}")
+        fds[number] = opening.role
     return fds
 
 
@@ -255,10 +260,13 @@ def test_a_saved_state_is_read_from_its_descriptor(program: str, tmp_path: Path)
         check=True,
     )
     assert state.stat().st_size > 1000
-    done = Started(program, tmp_path, "-incoming", "file:state")
+    ask = f"info status\nmigrate_incoming fd:{LATE}\ninfo status"
+    done = Started(program, tmp_path, "-incoming", "file:state", ask=ask)
     assert (done.status, done.err) == (0, "")
+    assert done.out.index("(inmigrate)") < done.out.rindex("VM status: paused")
+    assert not done.out.rstrip().endswith("(inmigrate)")
     with state.open("rb") as file:
-        done = Started(program, tmp_path, "-incoming", f"fd:{file.fileno()}")
+        done = Started(program, tmp_path, "-incoming", f"fd:{file.fileno()}", ask=ask)
         assert (done.status, done.err) == (0, "")
         assert file.tell() > 1000  # one open file: what QEMU has read, it has read here
     assert Started(program, tmp_path, "-incoming", "file:state", dry=True).status == 0
@@ -266,7 +274,8 @@ def test_a_saved_state_is_read_from_its_descriptor(program: str, tmp_path: Path)
 
 def test_what_is_no_saved_state_ends_qemu(program: str, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"no state" * 100)
-    assert Started(program, tmp_path, "-incoming", "file:state", ask="").status != 0
+    done = Started(program, tmp_path, "-incoming", "file:state", ask=f"migrate_incoming fd:{LATE}\ninfo status")
+    assert done.status != 0
 
 
 def test_the_callers_sets_are_there(program: str, tmp_path: Path) -> None:

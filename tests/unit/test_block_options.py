@@ -11,6 +11,7 @@ import pytest
 from depriv.errors import ConfigError
 from depriv.host import FileFacts
 from depriv.openings import ConnectTcp, ConnectUnix, Inherited
+from depriv.qemu.block_names import lists
 from depriv.qemu.draft import Allowed, Request
 from depriv.qemu.translate import translate
 from depriv.qemu.words import Word, parse_list, values
@@ -25,6 +26,7 @@ _FILES = {
     "/vm/top.qcow2": FileFacts(
         path="/vm/top.qcow2", kind="file", dev=1, ino=5, size=9, magic="qcow2", virtual_size=1 << 20, backing="a.qcow2"
     ),
+    "/vm/c,d.qcow2": FileFacts(path="/vm/c,d.qcow2", kind="file", ino=13, magic="qcow2", backing="/vm/a,b.raw"),
     "/vm/outside.qcow2": FileFacts(path="/vm/outside.qcow2", kind="file", ino=6, magic="qcow2", data_file=True),
     "/vm/locked.qcow2": FileFacts(path="/vm/locked.qcow2", kind="file", ino=7, magic="qcow2", encrypted=True),
     "/vm/x.vhd": FileFacts(path="/vm/x.vhd", kind="file", ino=8, magic="vhd", size=512),
@@ -230,7 +232,7 @@ def test_a_set_of_the_callers_own_is_left_as_it_is() -> None:
     ],
 )
 def test_o_direct_is_turned_off_and_this_is_said_once(given: str, left: dict[str, str]) -> None:
-    request = _translate("-drive", f"file=a.raw,format=raw,{given}")
+    request = _translate("-drive", f"file=a.raw,format=raw,{given},file.aio=native")
     assert left.items() <= _drives(request.argv)[0].items()
     assert len([note for note in request.notes if "cache.direct=off" in note.text]) == 1
 
@@ -288,6 +290,17 @@ def test_a_node_that_one_reads_and_another_writes_through_is_writable() -> None:
     assert request.files[0].access == "rw"
 
 
+def test_a_node_that_is_only_a_backing_file_is_opened_read_only() -> None:
+    request = _translate(
+        "-blockdev", "file,node-name=bf,filename=a.qcow2",
+        "-blockdev", "qcow2,node-name=b,file=bf,auto-read-only=on",
+        "-blockdev", "qcow2,node-name=d,file.driver=file,file.filename=top.qcow2,file.node-name=df,backing=b",
+    )  # fmt: skip
+    assert [(step.role, step.access) for step in request.files] == [("bf", "ro"), ("df", "rw")]
+    below = _nodes(request.argv)[1]
+    assert (below["read-only"], below["auto-read-only"]) == (True, False)
+
+
 def test_a_file_that_says_it_is_writable_is_opened_so_even_as_a_backing_file() -> None:
     request = _translate(
         "-blockdev", "qcow2,node-name=d,file.driver=file,file.filename=top.qcow2,backing.driver=qcow2,"
@@ -323,6 +336,10 @@ def test_children_are_gone_through_at_any_depth() -> None:
         {"driver": "throttle", "throttle-group": "g", "file": {"driver": "raw", "file": _file(10)}},
         {"driver": "null-co", "size": 4096},
     ]
+
+
+def test_a_lists_members_keep_their_order() -> None:
+    assert lists({"children": {str(number): number for number in (2, 0, 10, 1)}}) == {"children": [0, 1, 2, 10]}
 
 
 def test_blkdebugs_rules_are_a_private_copy() -> None:
@@ -386,7 +403,7 @@ def test_tls_still_knows_the_servers_name() -> None:
 
 @pytest.mark.parametrize(
     "server",
-    ["server.type=vsock,server.cid=1,server.port=1", "server.type=unix,server.path=x,server.abstract=on",
+    ["server.type=vsock,server.cid=1,server.port=1", "server.type=unix,server.path=/run/n.sock,server.abstract=on",
      "server.type=inet,server.host=h,server.port=nbd", "server.type=fd,server.str=name", "path=/vm/a.raw"],
 )  # fmt: skip
 def test_an_nbd_server_that_cannot_be_connected_to_is_refused(server: str) -> None:
@@ -480,6 +497,12 @@ def test_the_words_to_add_to_a_json_node_are_json() -> None:
     _translate("-blockdev", json.dumps({**node, **added}))
 
 
+def test_a_comma_in_a_name_is_doubled_in_the_words_to_add() -> None:
+    words = _refused("-drive", "file=c,,d.qcow2,format=qcow2").fix.rpartition(" ")[2]
+    assert _translate("-drive", f"file=c,,d.qcow2,format=qcow2,{words}").files[1].path == "/vm/a,b.raw"
+    assert "file=a,,b.raw,format=raw" in _refused("-hda", "a,b.raw").fix
+
+
 def test_no_backing_file_although_the_header_names_one_may_be_said_aloud() -> None:
     word = '{"driver":"qcow2","node-name":"d","backing":null,"file":{"driver":"file","filename":"top.qcow2"}}'
     assert _nodes(_translate("-blockdev", word).argv)[0]["backing"] is None
@@ -560,7 +583,8 @@ def test_a_name_that_reaches_for_the_host_is_refused_with_an_alternative(name: s
     ],
 )
 def test_a_driver_that_reaches_for_the_host_is_refused_wherever_it_stands(driver: str, words: tuple[str, str]) -> None:
-    _refused(words[0], words[1].format(driver))
+    error = _refused(words[0], words[1].format(driver))
+    assert ("is not known" if driver == "unheard" else f"driver {driver} is refused") in error.what
 
 
 @pytest.mark.parametrize("path", ["/vm/link.raw", "/vm/dir", "/vm/fifo", "/dev/zero", "/vm/nothing", "/run/n.sock"])
@@ -618,3 +642,8 @@ def test_a_name_and_a_format_that_contradict_each_other_are_refused() -> None:
 def test_a_protocol_named_as_the_drives_driver_takes_its_file() -> None:
     request = _translate("-drive", "file=/dev/sdb,driver=host_device,if=virtio")
     assert _drives(request.argv)[0]["nodes"] == _file(10, driver="host_device")
+
+
+def test_a_drives_number_counts_drives_alone() -> None:
+    request = _translate("-blockdev", "file,node-name=f,filename=code.fd", "-drive", "file=a.raw,format=raw")
+    assert [disk.role for disk in request.disks] == ["f", "drive0"]

@@ -20,7 +20,7 @@ def _look(path: str) -> FileFacts:
 
 
 def _request(*argv: str, bare: tuple[str, ...] = _BARE) -> Request:
-    return translate((*bare, *argv), look=_look, allowed=Allowed(), cwd="/home/u")
+    return translate((*bare, *argv), look=_look, allowed=Allowed(), cwd="/srv/vm")
 
 
 def _words(*argv: str) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def test_unix_socket_to_listen_on_is_the_jails_and_qemu_does_not_wait() -> None:
     request = _request("-chardev", "socket,id=c,path=x.sock,server=on")
     assert request.argv[-1] == "socket,id=c,fd=10,wait=off,server=on"
     (listen,) = request.listens
-    assert (listen.path, listen.number, listen.role, listen.replace_old) == ("/home/u/x.sock", 10, "c", True)
+    assert (listen.path, listen.number, listen.role, listen.replace_old) == ("/srv/vm/x.sock", 10, "c", True)
     assert "does not wait" in request.notes[-1].text
 
 
@@ -147,7 +147,7 @@ def test_file_to_write_is_opened_by_us() -> None:
     )
     assert request.openings == (
         WriteFile(role="a", number=10, path="/srv/log"),
-        WriteFile(role="b", number=11, path="/home/u/new", append=True),
+        WriteFile(role="b", number=11, path="/srv/vm/new", append=True),
     )
 
 

@@ -22,7 +22,7 @@ def _look(path: str) -> FileFacts:
 
 
 def _request(*argv: str, allowed: Allowed = _WITH_PASST, bare: tuple[str, ...] = _BARE) -> Request:
-    return translate((*bare, *argv), look=_look, allowed=allowed, cwd="/home/u")
+    return translate((*bare, *argv), look=_look, allowed=allowed, cwd="/srv/vm")
 
 
 def _refused(*argv: str, allowed: Allowed = _WITH_PASST) -> str:
@@ -58,7 +58,7 @@ def test_user_network_has_the_addresses_that_are_asked_for() -> None:
     words = _passt("-netdev", "user,id=n,net=192.168.76.0/24,dhcpstart=192.168.76.9,ipv6=off,dnssearch=a,dnssearch=b")
     assert words == (
         *("--address", "192.168.76.9", "--netmask", "24", "--gateway", "192.168.76.2"),
-        *("--dns-forward", "192.168.76.3", "--ipv4-only", "--search", "a b"),
+        *("--dns-forward", "192.168.76.3", "--ipv4-only", "--search", "a", "--search", "b"),
     )
     assert _passt("-netdev", "user,id=n,net=172.16.0.0/16")[:6] == (
         *("--address", "172.16.2.15", "--netmask", "16", "--gateway", "172.16.2.2"),
@@ -286,7 +286,7 @@ def test_sockets_between_guests_are_opened_by_us() -> None:
         ConnectUnix(role="d", number=13, path="/run/s"),
         ListenTcp(role="e", number=14, host="::1", port=5, port_to=7),
     )
-    assert [(listen.path, listen.number) for listen in request.listens] == [("/home/u/x", 12)]
+    assert [(listen.path, listen.number) for listen in request.listens] == [("/srv/vm/x", 12)]
 
 
 def test_sockets_of_the_caller_are_renumbered() -> None:

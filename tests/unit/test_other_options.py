@@ -9,7 +9,7 @@ import pytest
 
 from depriv.errors import ConfigError
 from depriv.host import FileFacts
-from depriv.openings import ConnectUnix, Inherited, WriteFile
+from depriv.openings import ConnectUnix, Inherited, ReadFile, WriteFile
 from depriv.qemu.draft import Allowed, Draft, Request
 from depriv.qemu.expand import expand
 from depriv.qemu.options import OPTIONS, PASSED
@@ -543,17 +543,22 @@ def test_other_objects_are_passed(value: str) -> None:
 # --- saved states, descriptors, the process
 
 
-def test_a_saved_state_is_read_from_a_descriptor() -> None:
+def test_a_saved_state_is_opened_by_the_toolstack_and_handed_over_late() -> None:
     for argv in ("file:/vm/state", "exec:cat state", "exec:cat < /vm/state", "exec:/bin/cat /vm/state"):
         done = Done("-incoming", argv)
-        assert done.argv == "-incoming fd:10"
-        assert (done.request.incoming, done.request.incoming_role) == (10, "incoming")
-        assert (done.draft.files[0].path, done.draft.files[0].access) == ("/vm/state", "ro")
+        assert done.argv == "-incoming defer"
+        assert done.request.incoming_role == "incoming"
+        assert done.draft.openings == [ReadFile(role="incoming", number=-1, path="/vm/state")]
         assert done.dry == ""
     done = Done("-incoming", "fd:5")
-    assert done.argv == "-incoming fd:10"
-    assert done.draft.openings == [Inherited(role="incoming", number=10, source=5)]
-    assert Done("-incoming", "defer").request.incoming == -1
+    assert done.argv == "-incoming defer"
+    assert done.request.incoming_role == "incoming"
+    assert done.draft.openings == [Inherited(role="incoming", number=-1, source=5)]
+
+
+def test_a_state_that_the_caller_names_later_is_left_to_the_caller() -> None:
+    done = Done("-incoming", "defer")
+    assert (done.argv, done.request.incoming_role, done.draft.openings) == ("-incoming defer", "", [])
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _PLAN_BYTES_MAX = 1 << 20
 _SIGKILL = 9
 _FILES = 1024
+_ACCESSES = ("ro", "wo", "rw")  # by O_RDONLY, O_WRONLY, O_RDWR
 
 
 class Failed(Exception):  # noqa: N818 (it is what the answer says)
@@ -196,7 +197,7 @@ def granted(state: apply.State) -> list[str]:
         if fd in handed:
             have = os.fstat(fd)
             kind = next((name for test, name in kinds if test(have.st_mode)), "socket")
-            access = "ro" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY else "rw"
+            access = _ACCESSES[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
             found += [role, kind, str(have.st_dev), str(have.st_ino), str(have.st_rdev), access]
     for name, have in state.nodes.items():
         found += [name, "char", str(have.st_dev), str(have.st_ino), str(have.st_rdev), "rw"]

@@ -209,7 +209,6 @@ def _nodes(word: Word, rest: dict[str, str]) -> Node:
     tree = cast("Node", lists(undot(word, rest)))
     if form:
         tree["driver"] = form
-    refuse(word, str(tree.get("driver", "")))
     if name:
         found = parse_name(word, name)
         refuse(word, str(found.get("driver", "")))

@@ -60,9 +60,10 @@ def passt_words(draft: Draft, word: Word, items: tuple[Item, ...]) -> tuple[str,
         result += more
         if given.get("ipv6") and not is_on(given["ipv6"]):
             result.append("--ipv4-only")
-    domains = [item.value for item in items if item.key in ("dnssearch", "domainname")]
-    if domains:
-        result += ["--search", " ".join(domains)]
+    # One each: passt(1) has a list in one word, but passt of 2023-03 takes that for one name.
+    for item in items:
+        if item.key in ("dnssearch", "domainname"):
+            result += ["--search", item.value]
     forwards = [item.value for item in items if item.key == "hostfwd"]
     if not is_on(given.get("restrict", "off")):
         return (*result, *_forwards(draft, word, forwards, guest))
