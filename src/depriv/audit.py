@@ -396,7 +396,7 @@ def _fds(facts: _Facts, expected: Expected) -> Iterable[Check]:
         if accesses is None:
             if not _harmless(fd, facts, kvm=kvm):
                 unknown.append(fd)
-        elif fd.access not in accesses:
+        elif fd.access not in accesses and not _is_null(fd):
             wrong.append(fd)
     yield _check("fds.unknown", "none", _shown(unknown))
     yield _check("fds.access", "none", _shown(wrong))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -55,6 +56,8 @@ def run(words: tuple[str, ...]) -> int:
     try:
         from depriv.xendm import DeviceModel  # noqa: PLC0415 (as above)
 
+        # libxl's 256 KiB (libxl_linux.c, libxl__local_dm_preexec_restrict) are for QEMU, which gets its own limits.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return DeviceModel(words).run(program())
     except DeprivError as error:
         failed: DeprivError = error

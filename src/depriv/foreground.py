@@ -20,6 +20,7 @@ from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
 from depriv.ending import finish
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
+from depriv.guestlog import Copy
 from depriv.opener import Opened
 from depriv.planner import refuse_name
 from depriv.qemu.draft import Allowed, Request
@@ -267,13 +268,13 @@ def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, s
         entry = wish.entry or started.entry
         if wish.jail is None:
             return 0
-        with wish.jail:
-            status = _until_its_end(wish.jail, started.entry)
+        with wish.jail, _log(started.launch) as log:
+            status = _until_its_end(wish.jail, started.entry, log)
     _forget(entry, registry)
     return status if status >= 0 else 128 - status
 
 
-def _until_its_end(jail: Jail, entry: Entry) -> int:
+def _until_its_end(jail: Jail, entry: Entry, log: Copy | None) -> int:
     """Wait for QEMU's end, handing on every signal to it."""
     expected = entry.expected
     if expected is None:
@@ -287,10 +288,13 @@ def _until_its_end(jail: Jail, entry: Entry) -> int:
     old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     try:
         while True:
-            ready, _, _ = select.select([jail.fileno(), wake], (), ())
+            heard = [jail.fileno(), wake, *([log.fileno()] if log is not None and not log.is_full() else [])]
+            ready, _, _ = select.select(heard, (), ())
+            if log is not None:
+                log.copy()
             if jail.fileno() in ready:
                 return jail.end()
-            for number in os.read(wake, 64):
+            for number in os.read(wake, 64) if wake in ready else b"":
                 _hand_on(number, pidfd)
     finally:
         signal.set_wakeup_fd(old)
@@ -298,6 +302,10 @@ def _until_its_end(jail: Jail, entry: Entry) -> int:
             signal.signal(number, handler)
         for fd in (pidfd, wake, tell):
             os.close(fd)
+
+
+def _log(launch: Launch) -> contextlib.AbstractContextManager[Copy | None]:
+    return Copy(f"{launch.directory}/log") if launching.has_own_log(launch) else contextlib.nullcontext()
 
 
 def _hand_on(number: int, pidfd: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from depriv.text import console_safe
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _SHOWN = 4000
+_COPIED_MAX = 1 << 20  # bytes: a guest can make QEMU log without end (XSA-180)
 
 
 class Log:
@@ -47,6 +49,46 @@ class Log:
     def __exit__(self, *_exception: object) -> None:
         """Close the reading end."""
         os.close(self._fd)
+
+
+class Copy:
+    """Copies what QEMU prints from its FIFO to standard error, safe to look at, and no more than a log may grow."""
+
+    def __init__(self, path: str) -> None:
+        """Open the reading end."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._left = _COPIED_MAX
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Copy the last words, close the reading end."""
+        self.copy()
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there is something to copy."""
+        return self._fd
+
+    def is_full(self) -> bool:
+        """Tell whether no more is copied: the rest fills the FIFO and is lost."""
+        return self._left <= 0
+
+    def copy(self) -> None:
+        """Copy what is there."""
+        while self._left > 0:
+            try:
+                data = os.read(self._fd, min(self._left, 65536))
+            except BlockingIOError:
+                return
+            if not data:
+                return
+            self._left -= len(data)
+            text = console_safe(data) + ("\ndepriv: no more of this log is kept\n" if self._left <= 0 else "")
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
 def _is_traced(line: bytes) -> bool:

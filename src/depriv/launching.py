@@ -139,8 +139,12 @@ def _own_sockets(launch: Launch) -> Generator[tuple[tuple[str, int, int], ...]]:
 
 def _own_log(launch: Launch) -> contextlib.AbstractContextManager[Log | None]:
     """Return what QEMU prints, or None: it prints to the caller's own streams."""
-    own = any(type(step).__name__ == "MakeFifo" for step in launch.plan.steps)
-    return Log(f"{launch.directory}/log") if own else contextlib.nullcontext()
+    return Log(f"{launch.directory}/log") if has_own_log(launch) else contextlib.nullcontext()
+
+
+def has_own_log(launch: Launch) -> bool:
+    """Tell whether QEMU prints into a FIFO of ours."""
+    return any(type(step).__name__ == "MakeFifo" for step in launch.plan.steps)
 
 
 def _refuse_unless_it_holds(report: AuditReport, launch: Launch, but: tuple[str, ...] = ()) -> None:

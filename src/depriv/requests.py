@@ -83,7 +83,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         images=tuple(image.hold for image in images),
         queues=request.vcpus * len(images),
         file_bytes_max=max([_memory_file(request), *map(_bytes_max, images), *map(_written_max, request.openings)]),
-        own_log=discover or request.daemonize,
+        own_log=discover or request.daemonize or bool(request.domid),
         keep_net=run.keep_net,
         ptys=request.ptys,
         xen_nodes=host.xen_nodes if request.domid else (),
@@ -125,7 +125,7 @@ def _argv(run: Run, host: Host, *, discover: bool) -> tuple[str, ...]:
 def _takes(request: Request) -> tuple[TakeFd, ...]:
     """Return what the jail takes from the toolstack: the standard streams, and all that it has opened."""
     takes: list[TakeFd] = []
-    if not request.daemonize:
+    if not (request.daemonize or request.domid):
         takes += [TakeFd(role="stdout", source=1, number=1), TakeFd(role="stderr", source=2, number=2)]
         if request.stdio:
             takes.insert(0, TakeFd(role="stdin", source=0, number=0))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def valid_plan(*, restricted: bool = True, accel: str = "tcg") -> steps.Plan:
-    """Return the planner's plan for a guest with two disks, a kernel and a ramdisk."""
+    """Return the planner's plan for a guest with two disks, a kernel and a ramdisk; a descriptor is handed in."""
     place = {"shell": "/usr/sbin/nologin", "home": "/nonexistent", "comment": "depriv"}
     base = User(name=RANGE_BASE, uid=65538, gid=65538, **place)
     reaper = User(name=REAPER, uid=65537, gid=65537, **place)
@@ -48,7 +48,10 @@ def valid_plan(*, restricted: bool = True, accel: str = "tcg") -> steps.Plan:
         ramdisk="/boot/initrd",
         dm_restrict=restricted,
     )
-    return planner.plan(config, host).plan
+    plan = planner.plan(config, host).plan
+    last = max(place for place, step in enumerate(plan.steps) if isinstance(step, steps.OpenFile))
+    taken = steps.TakeFd(role="net0", source=7, number=30)
+    return plan.replace(steps=(*plan.steps[: last + 1], taken, *plan.steps[last + 1 :]))
 
 
 # What a path may be made of on Linux, which is more than UTF-8: surrogates stand for the other bytes (PEP 383).
@@ -76,6 +79,7 @@ ANY_PLAN = st.builds(
     domid=VALUES["int"],
     restricted=st.booleans(),
     shared=st.booleans(),
+    keep_net=st.booleans(),
     steps=st.lists(ANY_STEP, max_size=6).map(tuple),
     after=st.lists(ANY_STEP, max_size=2).map(tuple),
 )

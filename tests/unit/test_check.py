@@ -18,9 +18,11 @@ from depriv.steps import (
     DropCapabilities,
     EmptyRoot,
     Execute,
+    Filter,
     ListenUnix,
     MakeCgroup,
     MakeFifo,
+    MakeNode,
     MakePrivate,
     MakeRoot,
     NewUser,
@@ -32,6 +34,7 @@ from depriv.steps import (
     SetHostname,
     SetIds,
     SetLimit,
+    TakeFd,
     Unshare,
 )
 
@@ -47,7 +50,7 @@ BARE = valid_plan(restricted=False)
 # What takes something away. The rest gives QEMU what it needs; without it QEMU has less, not more.
 RESTRICTIONS = (
     *(Reap, MakeCgroup, Unshare, MakeRoot, PivotRoot, SetHostname, BecomeInit, SetLimit, NewUser, DropCapabilities),
-    *(SetIds, NoNewPrivs),
+    *(SetIds, NoNewPrivs, Filter),
 )
 
 
@@ -93,7 +96,7 @@ def test_plan_with_a_restriction_twice_is_refused(place: int) -> None:
     refused(PLAN.replace(steps=PLAN.steps[: place + 1] + PLAN.steps[place:]))
 
 
-@given(st.sampled_from(places((OpenFile, ListenUnix, MakeFifo))))
+@given(st.sampled_from(places((OpenFile, TakeFd, ListenUnix, MakeFifo))))
 def test_descriptor_given_twice_is_refused(place: int) -> None:
     step = PLAN.steps[place]
     if isinstance(step, OpenFile) and step.number < 0:
@@ -139,6 +142,16 @@ def test_no_namespace_can_be_left_out(name: str) -> None:
     refused(changed(Unshare, namespaces=(*rest, "user")))
 
 
+def test_only_the_network_is_kept_and_only_where_the_plan_says_so_to_everybody() -> None:
+    rest = tuple(name for name in steps.NAMESPACES if name != "net")
+    check(changed(Unshare, namespaces=rest).replace(keep_net=True))
+    refused(changed(Unshare, namespaces=rest))
+    refused(PLAN.replace(keep_net=True))  # it says so, and does otherwise
+    for name in rest:
+        fewer = tuple(other for other in rest if other != name)
+        assert name in refused(changed(Unshare, namespaces=fewer).replace(keep_net=True))
+
+
 @pytest.mark.parametrize(
     "value",
     ["off", "on", SANDBOX.replace("spawn=deny", "spawn=allow"), SANDBOX.replace("obsolete=deny,", ""), SANDBOX + ",x"]
@@ -151,10 +164,45 @@ def test_sandbox_of_qemu_cannot_be_weakened(value: str) -> None:
     assert "-sandbox" in refused(argv(weaken))
 
 
-@pytest.mark.parametrize("option", ["-sandbox", "-nodefaults", "-no-user-config", "-S"])
+@pytest.mark.parametrize("option", ["-sandbox", "-no-user-config", "-S"])
 def test_option_that_protects_cannot_be_dropped_or_given_twice(option: str) -> None:
     refused(argv(lambda words: words.remove(option)))
     refused(argv(lambda words: words.append(option)))
+
+
+def test_network_that_qemu_makes_by_itself_is_refused() -> None:
+    """Without any of these it has a card, and behind it a network of its own making (user, by libslirp)."""
+
+    def instead(*more: str) -> Callable[[list[str]], None]:
+        def change(words: list[str]) -> None:
+            words.remove("-nodefaults")
+            words.extend(more)
+
+        return change
+
+    assert "network" in refused(argv(instead()))
+    refused(argv(instead("-append", "-nodefaults")))  # for the guest's kernel
+    for words in (("-nic", "none"), ("-net", "none"), ("-netdev", "hubport,id=n,hubid=0")):
+        check(argv(instead(*words)))
+
+
+def test_qemu_for_xen_is_built_without_a_sandbox_but_one_that_is_named_denies_all() -> None:
+    """Debian's has no libseccomp. Our own filter is in the plan all the same."""
+
+    def without(words: list[str]) -> None:
+        at = words.index("-sandbox")
+        words[at : at + 2] = ["-xen-domid-restrict"]
+
+    check(argv(without))
+    place = places(Filter)[0]
+    plan = argv(without)
+    assert "Filter" in refused(plan.replace(steps=plan.steps[:place] + plan.steps[place + 1 :]))
+
+    def weak(words: list[str]) -> None:
+        words[words.index(SANDBOX)] = "on"
+        words.append("-xen-domid-restrict")
+
+    assert "-sandbox" in refused(argv(weak))
 
 
 def test_sandbox_as_the_last_word_is_refused() -> None:
@@ -171,8 +219,9 @@ def test_sandbox_as_the_last_word_is_refused() -> None:
 def test_dangerous_id_is_refused_wherever_it_stands(plan: Plan, uid: int) -> None:
     for place, step in enumerate(plan.steps):
         for name in ("uid", "gid", "reaper_uid"):
-            device = isinstance(step, steps.MakeNode | steps.CopyFile)
-            if name in step.as_dict() and not (device and uid == 0):
+            device = isinstance(step, steps.MakeNode | steps.CopyFile) and uid == 0
+            reaper = name == "reaper_uid" and uid in (1, 999)  # it runs no QEMU: a system user will do
+            if name in step.as_dict() and not device and not reaper:
                 made: Any = step
                 weak = (*plan.steps[:place], made.replace(**{name: uid}), *plan.steps[place + 1 :])
                 refused(plan.replace(steps=weak))
@@ -195,6 +244,11 @@ def test_reaper_that_its_targets_could_kill_is_refused() -> None:
     step = PLAN.steps[place]
     assert isinstance(step, Reap)
     assert "killed first" in refused(changed(Reap, reaper_uid=step.uid))
+
+
+@pytest.mark.parametrize("uid", [1, 112, 999])
+def test_reaper_may_be_a_system_user(uid: int) -> None:
+    check(changed(Reap, reaper_uid=uid))
 
 
 def test_uid_is_reaped_unless_it_is_shared() -> None:
@@ -222,7 +276,7 @@ BAD_PATHS = ("", "relative", "./x", "/a/../b", "/a/./b", "/..", "/a\0b", "a/b")
 def test_path_that_is_not_absolute_and_plain_is_refused_wherever_it_stands(path: str) -> None:
     for place, step in enumerate(PLAN.steps):
         for name in ("path", "source", "mountpoint", "lock"):
-            if name in step.as_dict():
+            if isinstance(step.as_dict().get(name), str):
                 made: Any = step
                 weak = (*PLAN.steps[:place], made.replace(**{name: path}), *PLAN.steps[place + 1 :])
                 refused(PLAN.replace(steps=weak))
@@ -263,6 +317,46 @@ def test_standard_descriptors_are_each_given_once(numbers: tuple[int, ...]) -> N
 @pytest.mark.parametrize("change", [{"access": "w"}, {"access": ""}, {"kind": "directory"}, {"kind": "fifo"}])
 def test_file_is_opened_in_a_known_way_only(change: dict[str, str]) -> None:
     assert "none we know" in refused(changed(OpenFile, **change))
+
+
+def test_descriptor_of_the_toolstack_gets_a_number_of_qemus_own_or_none() -> None:
+    check(changed(TakeFd, number=-1))  # kept in the jail, a source to copy from
+    for number in (0, 3, 10, 100, 1 << 20):  # others', and the jail's
+        assert "descriptors" in refused(changed(TakeFd, number=number))
+
+
+@pytest.mark.parametrize("source", ["/dev", "/dev/pts/", "/usr", "/dev/pts/../shm", "/proc"])
+def test_devices_are_bound_from_devpts_alone(source: str) -> None:
+    refused(changed(BindTree, source=source, devices=True))
+    check(changed(BindTree, source="/dev/pts", devices=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "numbers"),
+    [
+        ("/dev/xen/privcmd", (10, 118)),
+        ("/dev/xen/xenbus", (10, 1)),
+        ("/dev/ptmx", (5, 2)),
+        ("/dev/kvm", (10, 232)),
+    ],
+)
+def test_node_is_one_that_some_device_model_needs(path: str, numbers: tuple[int, int]) -> None:
+    major, minor = numbers
+    place = places(MakeNode)[-1]
+    node: Any = PLAN.steps[place]
+    empty = PLAN.after[0]
+    assert isinstance(empty, EmptyRoot)
+    after = (empty.replace(remove=(*empty.remove, path)),)
+
+    def made(**values: Any) -> Plan:
+        step = node.replace(path=path, major=major, minor=minor).replace(**values)
+        return PLAN.replace(steps=(*PLAN.steps[:place], step, *PLAN.steps[place + 1 :]), after=after)
+
+    check(made())
+    refused(made(major=8))
+    refused(made(major=1, minor=1))  # /dev/mem
+    refused(made(path="/dev/xen/gntalloc"))
+    refused(made().replace(after=(empty.replace(remove=()),)))  # it would stay
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a\0b"])

@@ -112,16 +112,18 @@ def test_text_with_nul_cannot_be_sent() -> None:
         ({3: b"true"}, "restricted"),
         ({3: b"2"}, "restricted"),
         ({4: b""}, "shared"),
-        ({5: b"99999999"}, "steps"),
-        ({5: b"-1"}, "steps"),
-        ({6: b"unshare"}, "unknown step"),
-        ({6: b"Plan"}, "unknown step"),
-        ({6: b"__class__"}, "unknown step"),
-        ({7: b"3"}, "."),
-        ({7: b"-1"}, "Unshare.namespaces"),
-        ({7: b"x"}, "Unshare.namespaces"),
-        ({12: b"unlimited"}, "SetLimit.value"),
-        ({12: b"1.0"}, "SetLimit.value"),
+        ({5: b"yes"}, "keep_net"),
+        ({5: b""}, "keep_net"),
+        ({6: b"99999999"}, "steps"),
+        ({6: b"-1"}, "steps"),
+        ({7: b"unshare"}, "unknown step"),
+        ({7: b"Plan"}, "unknown step"),
+        ({7: b"__class__"}, "unknown step"),
+        ({8: b"3"}, "."),
+        ({8: b"-1"}, "Unshare.namespaces"),
+        ({8: b"x"}, "Unshare.namespaces"),
+        ({13: b"unlimited"}, "SetLimit.value"),
+        ({13: b"1.0"}, "SetLimit.value"),
     ],
 )
 def test_wrong_word_is_refused_and_named(change: dict[int, bytes], reason: str) -> None:
@@ -131,14 +133,14 @@ def test_wrong_word_is_refused_and_named(change: dict[int, bytes], reason: str) 
 
 
 def test_table_above_changes_the_words_that_it_means() -> None:
-    assert WORDS[6:9] == [b"Unshare", b"2", b"mnt"]
-    assert WORDS[10:13] == [b"SetLimit", b"AS", b"-1"]
-    assert codec.decode(with_words({12: b"5"})).steps[1] == SetLimit(name="AS", value=5)
+    assert WORDS[7:10] == [b"Unshare", b"2", b"mnt"]
+    assert WORDS[11:14] == [b"SetLimit", b"AS", b"-1"]
+    assert codec.decode(with_words({13: b"5"})).steps[1] == SetLimit(name="AS", value=5)
 
 
 def test_message_of_a_refusal_is_short_however_long_the_word_is() -> None:
     with pytest.raises(ValueError, match="unknown step") as caught:
-        codec.decode(with_words({6: b"x" * 100_000}))
+        codec.decode(with_words({7: b"x" * 100_000}))
     assert len(str(caught.value)) < 200
 
 

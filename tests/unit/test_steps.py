@@ -41,9 +41,11 @@ def test_steps_of_a_plan_are_told_apart_by_their_descriptions() -> None:
 def test_description_changes_with_every_field_that_names_something(kind: type[Record]) -> None:
     """An error names its step by this line: two that differ in an object must not read the same."""
     shown = {"path", "source", "target", "mountpoint", "role", "name", "namespaces", "numbers", "detach", "remove"}
+    shown.add("devices")
     hidden = {("CopyFile", "uid"), ("CopyFile", "gid")}
     values: dict[str, object] = {"int": 5, "str": "a", "tuple[int, ...]": (5,), "tuple[str, ...]": ("a",)}
     others: dict[str, object] = {"int": 6, "str": "b", "tuple[int, ...]": (6,), "tuple[str, ...]": ("b",)}
+    values["bool"], others["bool"] = False, True
     made = kind(**{name: values[text] for name, text in kind.fields.items()})
     for name, text in kind.fields.items():
         if name in shown and (kind.__name__, name) not in hidden:
@@ -54,6 +56,16 @@ def test_descriptor_that_qemu_does_not_get_is_said_to_stay_in_the_jail() -> None
     step = steps.OpenFile(role="kernel", path="/boot/vmlinuz", access="ro", kind="file", number=-1)
     assert describe(step).endswith("kept by the jail")
     assert describe(step.replace(number=4)).endswith("as descriptor 4")
+
+
+def test_descriptor_that_is_taken_is_named_by_its_number_on_both_sides() -> None:
+    step = steps.TakeFd(role="net0", source=7, number=30)
+    assert describe(step) == "take the toolstack's descriptor 7 for net0, as descriptor 30"
+    assert describe(step.replace(number=-1)).endswith("kept by the jail")
+
+
+def test_filter_is_described_by_its_length() -> None:
+    assert describe(steps.Filter(program="060000000000ff7f" * 3)) == "load a seccomp filter of 3 instructions"
 
 
 def test_limit_that_is_none_reads_so() -> None:

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``only_on`` another suite: not skipped, because it promises nothing there."""
+    wrong = [item for item in items if isinstance(item, pytest.Function) and _is_elsewhere(item)]
+    if wrong:
+        config.hook.pytest_deselected(items=wrong)
+        items[:] = [item for item in items if item not in wrong]
+
+
+def _is_elsewhere(item: pytest.Function) -> bool:
+    mark = item.get_closest_marker("only_on")
+    return mark is not None and item.callspec.params["suite"] not in mark.args
+
+
 @pytest.fixture(scope="session", params=sorted(image.SUITES))
 def suite(request: pytest.FixtureRequest) -> str:
     """Return the Debian suite of dom0; its image is built now if there is none."""

@@ -38,7 +38,7 @@ def reap(step: Reap, state: object = None) -> None:
         OSError: the lock, or the proof, was not to be had in time (ETIMEDOUT); those named are left (EBUSY); the
             toolstack is gone (ECANCELED); or the killer failed. The ids must then not be used.
     """
-    if min(step.uid, step.reaper_uid) < _UID_MIN or step.uid > _UID_MAX or step.uid == step.reaper_uid:
+    if not _UID_MIN <= step.uid <= _UID_MAX or step.reaper_uid < 1 or step.uid == step.reaper_uid:
         raise OSError(_EPERM, "no uid that is ever reaped", f"reap uid {step.uid} as {step.reaper_uid}")
     deadline = _now() + step.timeout_ms / 1000
     lock = _open_lock(step.lock)
@@ -185,8 +185,8 @@ def _become_reaper_and_kill(step: Reap, deadline: float) -> bool:
     # Right before the call, from the kernel and not from what was asked for: kill(-1) as root would end the host.
     if (
         mine != (step.reaper_uid, step.uid, 0)
-        or min(step.reaper_uid, step.uid) < _UID_MIN
-        or step.reaper_uid == step.uid
+        or step.uid < _UID_MIN
+        or step.reaper_uid in (0, step.uid)
         or int(status.partition(b"\nCapEff:")[2].split()[0], 16) != 0
     ):
         raise OSError(_EPERM, f"the reaper has the uids {mine}", "kill")

@@ -53,9 +53,10 @@ MODULES = (
 DISK_MB = 1400
 USERS = (
     # Xen's docs/features/qemu-deprivilege.pandoc, "Setup".
-    *("adduser --quiet --system --uid 131072 --group --no-create-home xen-qemuuser-range-base",),
-    *("adduser --quiet --system --group --no-create-home xen-qemuuser-reaper",),
+    "adduser --quiet --system --uid 131072 --group --no-create-home xen-qemuuser-range-base",
+    "adduser --quiet --system --group --no-create-home xen-qemuuser-reaper",
 )
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 KEPT_S = 14 * 86400.0
 
 
@@ -102,7 +103,7 @@ def cache_folder() -> Path:
 
 def missing() -> list[str]:
     """Return the Debian packages that are needed to build and to run, and are not here."""
-    return sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    return sorted({package for tool, package in TOOLS.items() if shutil.which(tool, path=PATH) is None})
 
 
 def ensure(suite: str) -> Image:
@@ -138,7 +139,7 @@ def run(argv: list[str], *, timeout_s: float = 600, cwd: str | None = None) -> s
     Raises:
         RuntimeError: it is missing, it failed, or it took too long.
     """
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {"PATH": PATH, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     environment |= {key: value for key, value in os.environ.items() if key.lower().endswith("_proxy")}
     try:
         done = subprocess.run(

@@ -280,15 +280,15 @@ def _lock_within(fd: int, within_s: float) -> None:
 
 def _sweep(runs: Path) -> None:
     """Remove what machines left whose starter was killed: nobody holds their lock, and none is about to."""
-    for lock in runs.glob("*/lock"):
+    for folder in runs.iterdir():
         try:
-            if time.time() - lock.stat().st_mtime < STARTING_S:
+            if time.time() - folder.stat().st_mtime < STARTING_S:
                 continue
-            with lock.open() as file:
+            with (folder / "lock").open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
         except (BlockingIOError, FileNotFoundError):
-            continue
+            continue  # it runs, or another one swept it
 
 
 def _argv(made: Image, folder: str, state: str) -> list[str]:
