@@ -92,6 +92,23 @@ def _unreachable(cause: str) -> HostError:
     )
 
 
+def media(domid: int) -> tuple[tuple[str, str], ...]:
+    """Return vdev and path of what libxl has put into a domain's CD-ROM drives; an empty drive is left out.
+
+    Below /libxl, which no guest can write. Source: libxl_cdrom_insert, tools/libs/light/libxl_disk.c, Xen 4.17.
+    """
+    found: list[tuple[str, str]] = []
+    with Xenstore() as store:
+        base = f"/libxl/{domid}/device/vbd"
+        for name in store.list(base):
+            _, slash, path = (store.read(f"{base}/{name}/params") or "").partition(
+                "/"
+            )  # "aio:/path", or the path alone
+            if slash and store.read(f"{base}/{name}/device-type") == "cdrom":
+                found.append((store.read(f"{base}/{name}/dev") or name, slash + path))
+    return tuple(found)
+
+
 def is_dom0() -> bool:
     """Tell whether this host runs Xen, and this is the domain that starts others."""
     try:

@@ -2,7 +2,8 @@
 """One function per step of a plan. No decisions, no fallback, no retry: the first failure ends the jail.
 
 Each takes the step and the ``State`` and raises ``OSError`` if the kernel refused, ``ValueError`` if a file is not the
-one that was planned for: then the process must end, never go on. It must be single-threaded.
+one that was planned for: then the process must end, never go on; what it has opened ends with it. It must be
+single-threaded.
 """
 
 from __future__ import annotations
@@ -71,12 +72,10 @@ def _move_up(fd: int) -> int:
     return high
 
 
-def _keep(fd: int, role: str, number: int, state: State) -> None:
-    """Remember whose descriptor it is, and as which number QEMU gets it."""
-    high = _move_up(fd)
-    state.opened[role] = high
-    if number >= 0:
-        state.granted[number] = high
+def _keep(fd: int, role: str, state: State, *numbers: int) -> None:
+    """Remember whose descriptor it is, and as which numbers QEMU gets it; -1: it does not."""
+    state.opened[role] = _move_up(fd)
+    state.granted.update({number: state.opened[role] for number in numbers if number >= 0})
 
 
 def open_file(step: steps.OpenFile, state: State) -> None:
@@ -88,10 +87,9 @@ def open_file(step: steps.OpenFile, state: State) -> None:
     have = os.fstat(fd)
     same_file = (step.dev, step.ino) in ((0, 0), (have.st_dev, have.st_ino))
     if not _KINDS[step.kind](have.st_mode) or not same_file or step.rdev not in (0, have.st_rdev):
-        os.close(fd)
         raise ValueError(f"{step.path} is not the {step.kind} that was planned for: it was replaced meanwhile")
     os.set_blocking(fd, True)  # O_NONBLOCK stays on the open file otherwise, and QEMU would inherit it
-    _keep(fd, step.role, step.number, state)
+    _keep(fd, step.role, state, step.number)
 
 
 def take_fd(step: steps.TakeFd, state: State) -> None:
@@ -102,23 +100,20 @@ def take_fd(step: steps.TakeFd, state: State) -> None:
     os.close(toolstack)
     path_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
     if path_only or stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
         raise ValueError(f"descriptor {step.source} is a directory, or a mere path: no device model gets one")
-    _keep(fd, step.role, step.number, state)
+    _keep(fd, step.role, state, step.number)
 
 
 def listen_unix(step: steps.ListenUnix, state: State) -> None:
     """Bind and listen. The path may be longer than a socket address: bind in the directory, by a short name."""
     folder, _, name = step.path.rpartition("/")
     before = os.umask(0o177)
-    try:
-        os.chdir(folder or "/")
-        if step.replace_old and os.path.lexists(name) and stat.S_ISSOCK(os.lstat(name).st_mode):
-            os.unlink(name)
-        _keep(sys.listen_unix(name), step.role, step.number, state)
-    finally:
-        os.umask(before)
-        os.chdir("/")
+    os.chdir(folder or "/")
+    if step.replace_old and os.path.lexists(name) and stat.S_ISSOCK(os.lstat(name).st_mode):
+        os.unlink(name)
+    _keep(sys.listen_unix(name), step.role, state, step.number)
+    os.umask(before)
+    os.chdir("/")
 
 
 def make_fifo(step: steps.MakeFifo, state: State) -> None:
@@ -126,9 +121,7 @@ def make_fifo(step: steps.MakeFifo, state: State) -> None:
     os.mkfifo(step.path, 0o600)
     fd = os.open(step.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, step.size_kib * 1024)
-    _keep(fd, step.role, -1, state)
-    for number in step.numbers:
-        state.granted[number] = state.opened[step.role]
+    _keep(fd, step.role, state, *step.numbers)
 
 
 def make_cgroup(step: steps.MakeCgroup, state: State) -> None:
@@ -194,16 +187,14 @@ def copy_file(step: steps.CopyFile, state: State) -> None:
     source = state.opened[step.role]
     size = os.fstat(source).st_size
     target = os.open(state.root + step.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
-    try:
-        done = 0
-        while done < size:
-            sent = os.sendfile(target, source, done, size - done)
-            if sent == 0:
-                raise ValueError(f"{step.role} became shorter while it was copied")
-            done += sent
-        os.fchown(target, step.uid, step.gid)
-    finally:
-        os.close(target)
+    done = 0
+    while done < size:
+        sent = os.sendfile(target, source, done, size - done)
+        if sent == 0:
+            raise ValueError(f"{step.role} became shorter while it was copied")
+        done += sent
+    os.fchown(target, step.uid, step.gid)
+    os.close(target)
 
 
 def pivot_root(_step: steps.PivotRoot, state: State) -> None:
@@ -230,6 +221,12 @@ def _set_root_writable(*, writable: bool) -> None:
     sys.mount("none", "/", "", flags if writable else flags | sys.MS_RDONLY)
 
 
+def _write(path: str, text: str, folder: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+    os.write(fd, text.encode())
+    os.close(fd)
+
+
 def fork(state: State) -> int:
     """Fork, into the cgroup where the kernel can: moving there later waits for an RCU grace period, 15 ms."""
     return sys.clone_into_cgroup(state.cgroup) if state.cgroup_version == 2 else os.fork()
@@ -247,9 +244,7 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
     # SetIds ends that: the kernel clears it with a new gid or uid (commit_creds() in kernel/cred.c).
     sys.prctl(sys.PR_SET_PDEATHSIG, 9, "PR_SET_PDEATHSIG")
     if state.cgroup_version == 1:
-        fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.cgroup)
-        os.write(fd, b"0")
-        os.close(fd)
+        _write("cgroup.procs", "0", state.cgroup)
     if state.late_namespaces:
         sys.unshare(state.late_namespaces)
     os.setsid()
@@ -258,9 +253,9 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, 0, 0)
     sys.personality(0)
-    fd = os.open("self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=state.proc)
+    fd = os.open("self/oom_score_adj", os.O_RDONLY | os.O_CLOEXEC, dir_fd=state.proc)
     if int(os.read(fd, 8)) < 0:
-        os.write(fd, b"0")
+        _write("self/oom_score_adj", "0", state.proc)
     os.close(fd)
     for number in (resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_RSS, 15):  # 15: RTTIME
         hard = resource.getrlimit(number)[1]
@@ -282,19 +277,13 @@ def new_user(_step: steps.NewUser, state: State) -> None:
     if os.read(state.waits, 1) != MAPPED:
         raise OSError(32, "the jail did not map the uid", "uid_map")
     # None below this one: in a namespace of its own QEMU would have every capability again. See namespaces(7).
-    fd = os.open("sys/user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.proc)
-    os.write(fd, b"0")
-    os.close(fd)
+    _write("sys/user/max_user_namespaces", "0", state.proc)
 
 
 def map_user(pid: int, step: steps.NewUser, state: State) -> None:
     """In the parent: write the child's maps. gid first or last makes no difference to a privileged writer."""
     for name, value in (("gid_map", step.gid), ("uid_map", step.uid)):
-        fd = os.open(f"{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=state.proc)
-        try:
-            os.write(fd, f"{value} {value} 1\n".encode())
-        finally:
-            os.close(fd)
+        _write(f"{pid}/{name}", f"{value} {value} 1\n", state.proc)
 
 
 def drop_capabilities(_step: steps.DropCapabilities, state: State) -> None:

@@ -37,18 +37,13 @@ _ACCESSES = ("ro", "wo", "rw")  # by O_RDONLY, O_WRONLY, O_RDWR
 
 
 class Failed(Exception):  # noqa: N818 (it is what the answer says)
-    """A step failed: what it is, the errno or 0, and the cause in words."""
+    """A step failed. Its arguments are words: the step as ``describe`` prints it, the errno or 0, the cause."""
 
-    def __init__(self, step: str, error: Exception) -> None:
-        """Take the step as ``describe`` prints it."""
-        super().__init__(step)
-        self.step = step
-        self.errno = (error.errno or 0) if isinstance(error, OSError) else 0
-        self.cause = str(error)
 
-    def words(self) -> list[str]:
-        """Return it as words."""
-        return [self.step, str(self.errno), self.cause.replace("\0", " ")]
+def failed(step: str, error: Exception) -> Failed:
+    """Return what is to be raised when an error ends a step."""
+    errno = (error.errno or 0) if isinstance(error, OSError) else 0
+    return Failed(step, str(errno), str(error).replace("\0", " "))
 
 
 def main(control: int) -> int:
@@ -76,11 +71,9 @@ def main(control: int) -> int:
             for step in plan.steps:
                 attempt(step, state)
             answer(control, ["done"])
-    except Failed as failed:
-        answer(control, ["failed", *failed.words()])
-        return 1
-    except OSError as error:
-        answer(control, ["failed", "prepare the jail", str(error.errno or 0), str(error)])
+    except (Failed, OSError) as error:
+        reason = error if isinstance(error, Failed) else failed("prepare the jail", error)
+        answer(control, ["failed", *reason.args])
         return 1
     return 0
 
@@ -117,7 +110,7 @@ def attempt(step: steps.Step, state: apply.State) -> None:
     try:
         apply.ACTS[type(step)](step, state)
     except Exception as error:
-        raise Failed(steps.describe(step), error) from error
+        raise failed(steps.describe(step), error) from error
 
 
 def launch(plan: steps.Plan, control: int) -> None:
@@ -137,7 +130,7 @@ def launch(plan: steps.Plan, control: int) -> None:
         try:
             child = apply.fork(state)
         except OSError as error:  # no room for another process, on the host or in the caller's cgroup
-            raise Failed(steps.describe(plan.steps[fork_at]), error) from error
+            raise failed(steps.describe(plan.steps[fork_at]), error) from error
         if child == 0:
             os.close(go)
             become(plan.steps[fork_at:], state)
@@ -156,8 +149,8 @@ def become(rest: tuple[steps.Step, ...], state: apply.State) -> NoReturn:
     try:
         for step in rest:
             attempt(step, state)
-    except Failed as failed:
-        os.write(state.tell, "\0".join(failed.words()).encode("utf-8", "surrogateescape"))
+    except Failed as error:
+        os.write(state.tell, "\0".join(error.args).encode("utf-8", "surrogateescape"))
     finally:
         os._exit(125)
 
@@ -173,19 +166,16 @@ def see_to_exec(child: int, plan: steps.Plan, state: apply.State, heard: int, go
             try:
                 apply.map_user(child, step, state)
             except OSError as error:
-                raise Failed(steps.describe(step), error) from error
+                raise failed(steps.describe(step), error) from error
             os.write(go, apply.MAPPED)
     if data:
-        step_text, errno, cause = codec.unpack(data)
-        failed = Failed(step_text, OSError(int(errno), ""))
-        failed.cause = cause
-        raise failed
+        raise Failed(*codec.unpack(data))
     # A child that was killed closes the pipe, too.
     ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
         code = os.waitstatus_to_exitcode(status)
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        raise Failed(steps.describe(plan.steps[-1]), ValueError(f"the process ended at once, with {how}"))
+        raise failed(steps.describe(plan.steps[-1]), ValueError(f"the process ended at once, with {how}"))
 
 
 def granted(state: apply.State) -> list[str]:
@@ -207,13 +197,9 @@ def granted(state: apply.State) -> list[str]:
 def end_of(child: int, control: int) -> int:
     """Wait for QEMU's end and return its exit status, or minus the signal; raise ``Failed`` if the toolstack goes."""
     pidfd = os.pidfd_open(child)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.register(control, select.POLLIN)
-    ready = [fd for fd, _ in poll.poll()]
-    os.close(pidfd)
+    ready, _, _ = select.select((pidfd, control), (), ())
     if pidfd not in ready:
-        raise Failed("wait for QEMU's end", ValueError("the toolstack went away before it"))
+        raise Failed("wait for QEMU's end", "0", "the toolstack went away before it")
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -236,7 +222,7 @@ def wait_for_release(plan: steps.Plan, state: apply.State, control: int, child: 
         elif word == b"D":
             return
         else:
-            raise Failed("wait for the toolstack", ValueError("it went away before the start was complete"))
+            raise Failed("wait for the toolstack", "0", "it went away before the start was complete")
 
 
 def clean_up(child: int, leaf: str, state: apply.State) -> None:
@@ -251,7 +237,6 @@ def clean_up(child: int, leaf: str, state: apply.State) -> None:
         for _ in range(200):
             try:
                 os.rmdir(leaf, dir_fd=state.cgroup_folder)
-                break
             except FileNotFoundError:
                 break
             except OSError:

@@ -77,11 +77,11 @@ _libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.signal.restype = ctypes.c_void_p
 
 
-def _check(result: int, what: str) -> None:
-    """Raise ``OSError`` with the errno of the call that just failed."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
+def _check(result: int, what: str, *, unless: int = 0) -> int:
+    """Return the result, or raise ``OSError`` with the errno of the call that just failed, ``unless`` it is that."""
+    if result < 0 and ctypes.get_errno() != unless:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), what)
+    return result
 
 
 def unshare(flags: int) -> None:
@@ -128,9 +128,8 @@ def personality(persona: int) -> None:
 def join_new_session_keyring() -> None:
     """Leave the caller's session keyring for a new, empty one. See keyctl(2)."""
     number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
-    result = _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)
-    if result < 0 and ctypes.get_errno() != errno.ENOSYS:  # a kernel without keyrings has none to leave
-        _check(result, "keyctl")
+    # A kernel without keyrings has none to leave.
+    _check(_libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl", unless=errno.ENOSYS)
 
 
 def capset_none() -> None:
@@ -143,14 +142,9 @@ def capset_none() -> None:
 def listen_unix(name: str) -> int:
     """Return a UNIX stream socket that listens on ``name``. See unix(7); importing ``socket`` takes 12 ms."""
     address = _AF_UNIX.to_bytes(2, python.byteorder) + name.encode() + b"\0"
-    fd = int(_libc.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_CLOEXEC, 0))
-    _check(fd, "socket")
-    try:
-        _check(_libc.bind(fd, address, len(address)), f"bind {name}")
-        _check(_libc.listen(fd, 8), f"listen {name}")
-    except OSError:
-        os.close(fd)
-        raise
+    fd = _check(_libc.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_CLOEXEC, 0), "socket")
+    _check(_libc.bind(fd, address, len(address)), f"bind {name}")
+    _check(_libc.listen(fd, 8), f"listen {name}")
     return fd
 
 
@@ -160,31 +154,26 @@ def clone_into_cgroup(directory: int) -> int:
     Not through os.fork: neither it nor libc's fork can name a cgroup. What they do besides is for threads.
     """
     arguments = (ctypes.c_uint64 * 11)(_CLONE_INTO_CGROUP, 0, 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, directory)
-    child = int(_libc.syscall(_SYS_CLONE3, arguments, ctypes.c_size_t(ctypes.sizeof(arguments))))
-    _check(child, "clone3 into the cgroup")
-    return child
+    size = ctypes.c_size_t(ctypes.sizeof(arguments))
+    return _check(_libc.syscall(_SYS_CLONE3, arguments, size), "clone3 into the cgroup")
 
 
 def pidfd_kill(pidfd: int) -> None:
     """Send SIGKILL, unless it has ended. See pidfd_send_signal(2), Linux 5.1; ``signal`` takes 10 ms to import."""
-    result = int(_libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, _SIGKILL, None, 0))
-    if result < 0 and ctypes.get_errno() != errno.ESRCH:
-        _check(result, "pidfd_send_signal")
+    sent = _libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, _SIGKILL, None, 0)
+    _check(sent, "pidfd_send_signal", unless=errno.ESRCH)
 
 
 def pidfd_getfd(pidfd: int, number: int) -> int:
     """Return a duplicate of another process's descriptor, close-on-exec. See pidfd_getfd(2), Linux 5.6."""
-    fd = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
-    _check(fd, f"pidfd_getfd {number}")
-    return fd
+    return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), f"pidfd_getfd {number}")
 
 
 def seccomp_filter(program: bytes) -> None:
     """Load a filter, an array of struct sock_filter. See seccomp(2) and <linux/filter.h>."""
     pointer = ctypes.create_string_buffer(program, len(program))
     header = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(pointer))  # struct sock_fprog, 64 bits
-    result = _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header), 0, 0)
-    _check(result, "prctl PR_SET_SECCOMP")
+    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header), 0, 0), "PR_SET_SECCOMP")
 
 
 def default_sigpipe() -> None:
