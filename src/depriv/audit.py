@@ -408,12 +408,23 @@ def _harmless(fd: proc.OpenFd, facts: _Facts, *, kvm: bool) -> bool:
         return True  # a file's name starts with a slash or "(": no file can be called so
     if _is_null(fd):
         return fd.access != "path"
+    if stat.S_ISREG(fd.mode) and fd.dev == _memfd_device():
+        return True  # memory with a descriptor (guest memory, a display's surface): nobody finds it by a name
     if stat.S_ISSOCK(fd.mode):
         return fd.ino in facts.accepted
     if stat.S_ISFIFO(fd.mode) and fd.target.startswith("pipe:"):
         ends = {other.access for other in facts.fds if other.target == fd.target}
         return fd.ino not in facts.held_elsewhere and ends in ({"ro", "wo"}, {"ro", "wo", "rw"}, {"rw"})
     return False
+
+
+def _memfd_device() -> int:
+    """Return the device number of the kernel's own tmpfs, in which every memfd is, and no file. See memfd_create(2)."""
+    fd = os.memfd_create("depriv", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 def _locks(facts: _Facts, expected: Expected) -> Iterable[Check]:

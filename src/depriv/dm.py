@@ -86,7 +86,7 @@ def listener(words: tuple[str, ...]) -> socket.socket | None:
 
 
 def answer_probe(words: tuple[str, ...]) -> int:
-    """Answer libxl's questions about QEMU's options, and end when it says quit or hangs up.
+    """Answer libxl's questions about QEMU's options until it ends this process.
 
     No QEMU is started: it would run as root, and would remove the socket's path when it ends, by which time libxl
     may have made the real one's there (libxl_dm.c, device_model_probe_spawn_outcome, Xen 4.20).
@@ -99,9 +99,9 @@ def answer_probe(words: tuple[str, ...]) -> int:
     signal.alarm(_PROBE_TIMEOUT_S)
     while True:
         client, _ = heard.accept()
+        # Until libxl sends SIGHUP: it reports a probe that has ended by itself as an error.
         with client, contextlib.suppress(OSError, ValueError):
-            if _serve(client, {"query-command-line-options": [_RUN_WITH]}, error=""):
-                return 0
+            _serve(client, {"query-command-line-options": [_RUN_WITH]}, error="")
 
 
 _RUN_WITH: Final = {
@@ -131,8 +131,8 @@ def refuse(words: tuple[str, ...], text: str) -> None:
         return
 
 
-def _serve(client: socket.socket, answers: dict[str, Any], *, error: str) -> bool:
-    """Speak QMP to one client; with ``error``, answer every command with it. Return whether it said quit."""
+def _serve(client: socket.socket, answers: dict[str, Any], *, error: str) -> None:
+    """Speak QMP to one client; with ``error``, answer every command with it."""
     with client.makefile("rwb") as stream:
 
         def say(message: dict[str, Any]) -> None:
@@ -148,9 +148,6 @@ def _serve(client: socket.socket, answers: dict[str, Any], *, error: str) -> boo
                 say({"error": {"class": "GenericError", "desc": f"depriv: {error}"}, **ident})
             else:
                 say({"return": answers.get(name, {}), **ident})
-            if name == "quit":
-                return True
-    return False
 
 
 if __name__ == "__main__":

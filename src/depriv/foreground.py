@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import stat
+import sys
 import time
 
 from depriv import detect, launching, lifecycle
@@ -32,6 +33,7 @@ from depriv.spawn import Jail
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from depriv.assembly import Launch
     from depriv.entry import Entry
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from depriv.registry import Registry
 
 _INCOMING_TIMEOUT_S = 600.0
+_NOBODY = 65534
+_PR_SET_NO_NEW_PRIVS = 38  # <linux/prctl.h>
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
 
@@ -246,12 +250,35 @@ def run_words(
     """
     program = detect.find_in_path(words[0])
     request = understand(words[1:], options)
+    if request.no_guest:
+        _ask(program, request)
     for note in request.notes:
         say(f"{'warning' if note.warning else 'note'}: {note.text}")
     if os.geteuid() != 0:
         raise PlanError("only root can run a confined QEMU", fix="run it with sudo; `depriv plan --` needs no root")
     wish = Wish(program, request, options, registry, cache_dir)
     return supervise(wish, registry, cache_dir=cache_dir, paused=request.paused, say=say)
+
+
+def _ask(program: str, request: Request) -> NoReturn:
+    """Become a QEMU that prints an answer (-version, -device help) and ends: without a guest, and without privilege.
+
+    Its words are those of the dry run, which name nothing of the host's. Should they be no question after all, it
+    stands before the first instruction of nothing.
+    """
+    found = detect.find_program(program)
+    if found.problem:
+        raise PlanError(found.problem, fix="name a QEMU that is installed")
+    sys.stdout.flush()
+    if os.geteuid() == 0:
+        os.setgroups(())
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    import ctypes  # noqa: PLC0415 (nothing else here needs it)
+
+    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python, and what is ignored stays so
+    os.execve(found.path, [program, "-S", *request.dry], {"LC_ALL": "C"})  # noqa: S606 (no shell wanted)
 
 
 def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:

@@ -328,6 +328,16 @@ def _media(domid: int) -> list[Grant]:
         with contextlib.suppress(OSError):
             have = os.stat(path)
             kind = "block" if stat.S_ISBLK(have.st_mode) else "file"
-            ids = {"dev": have.st_dev, "ino": have.st_ino, "rdev": have.st_rdev if kind == "block" else 0}
-            found.append(Grant(role=f"{vdev}-medium", kind=kind, access="ro", path=path, **ids))
+            rdev = have.st_rdev if kind == "block" else 0
+            found.append(
+                Grant(
+                    role=f"{vdev}-medium",
+                    kind=kind,
+                    dev=have.st_dev,
+                    ino=have.st_ino,
+                    rdev=rdev,
+                    access="ro",
+                    path=path,
+                )
+            )
     return found

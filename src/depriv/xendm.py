@@ -95,6 +95,10 @@ class DeviceModel:
         return ""
 
 
+def _libxl(domid: int) -> str:
+    return f"/libxl/{domid}/device/vkbd"
+
+
 def _domid(words: tuple[str, ...]) -> int:
     at = words.index("-xen-domid") + 1
     if at == len(words) or not words[at].isdecimal() or int(words[at]) == 0:
@@ -160,6 +164,19 @@ class _Wish(foreground.Wish):
                 fix=f"have one user {RANGE_BASE}, and remove xen-qemuuser-shared; see depriv doctor",
             )
         return launch
+
+    def prepare(self) -> None:
+        """Open what the toolstack opens, and take the PV keyboard away.
+
+        QEMU would serve it through xenstore, which a restricted QEMU has no more. QEMU 10 dies of it: it takes the
+        silence for a device that went, and finds it again by the same name (hw/xen/xen-legacy-backend.c). libxl
+        leaves it out with vkb_device=0, and a guest has its emulated keyboard in any case.
+        """
+        super().prepare()
+        base = f"/local/domain/{self._domid}"
+        with xenstore.Xenstore() as store:
+            for path in (f"/local/domain/0/backend/vkbd/{self._domid}", f"{base}/device/vkbd", _libxl(self._domid)):
+                store.remove(path)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
         """Put our monitor in the place of libxl's socket, and hand over whoever already waits there."""

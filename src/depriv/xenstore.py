@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read xenstore, where libxl writes down which domains there are and what they were given.
+"""Ask xenstore, where libxl writes down which domains there are and what they were given.
 
 Trusted: xenstored and libxl write it, and a restricted device model has no way to it. Source: xenstore(7) and
 xen/include/public/io/xs_wire.h, Xen 4.17.
@@ -21,6 +21,7 @@ _SOCKET: Final = "/run/xenstored/socket"
 _TIMEOUT_S: Final = 10.0
 _DIRECTORY: Final = 1
 _READ: Final = 2
+_REMOVE: Final = 13
 _ERROR: Final = 16
 _PAYLOAD_MAX: Final = 4096
 _HEADER: Final = struct.Struct("=IIII")  # type, request, transaction, length
@@ -59,6 +60,10 @@ class Xenstore:
         """Return the names below a node, none if it is not there."""
         names = self._ask(_DIRECTORY, path)
         return tuple(filter(None, (names or "").split("\0")))
+
+    def remove(self, path: str) -> None:
+        """Remove a node and all below it; one that is not there is gone already."""
+        self._ask(_REMOVE, path)
 
     def _ask(self, kind: int, path: str) -> str | None:
         try:

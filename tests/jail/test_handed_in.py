@@ -185,8 +185,7 @@ def test_descriptor_is_never_taken_from_whoever_came_after_a_toolstack_that_is_g
             os.kill(os.getpid(), signal.SIGKILL)
         ours.close()  # the jail; only the test has the other end by then
         control.recv(1)
-        state = apply.State(-1, -1)
-        state.control = control.fileno()
+        state = apply.State(control.fileno())
         try:
             apply.take_fd(take(0), state)
             os.write(tell, b"taken")

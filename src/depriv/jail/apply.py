@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 ASK_FOR_MAP = b"U"  # the child's word, and the parent's, about the uid map
 MAPPED = b"G"
 _OWN_FDS = 100  # granted descriptors wait above this number until exec puts them at theirs
-_KINDS = {"file": stat.S_ISREG, "block": stat.S_ISBLK, "char": stat.S_ISCHR}
+KINDS = {"file": stat.S_ISREG, "block": stat.S_ISBLK, "char": stat.S_ISCHR, "fifo": stat.S_ISFIFO}
 
 
 class State:
     """What the steps of one plan share: open descriptors, and where the root is being built."""
 
-    def __init__(self, tell: int, waits: int) -> None:
-        """Take the child's ends of two pipes: one to speak to its parent, one to wait for it."""
+    def __init__(self, control: int, tell: int = -1, waits: int = -1) -> None:
+        """Take the socket, and the child's ends of two pipes: one to speak to its parent, one to wait for it."""
         # Out of the way of the numbers that QEMU gets: exec has to be able to fail aloud.
         self.tell = _move_up(tell) if tell >= 0 else -1
         self.waits = _move_up(waits) if waits >= 0 else -1
@@ -47,7 +47,7 @@ class State:
         self.cgroup_folder = -1
         self.cgroup_version = 0
         self.late_namespaces = 0  # left by the child itself
-        self.control = -1  # connected to the toolstack; -1: there is none
+        self.control = control  # connected to the toolstack; -1: there is none
         # Both are needed when /proc is no longer to be seen.
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
@@ -86,7 +86,7 @@ def open_file(step: steps.OpenFile, state: State) -> None:
     fd = os.open(step.path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
     have = os.fstat(fd)
     same_file = (step.dev, step.ino) in ((0, 0), (have.st_dev, have.st_ino))
-    if not _KINDS[step.kind](have.st_mode) or not same_file or step.rdev not in (0, have.st_rdev):
+    if not KINDS[step.kind](have.st_mode) or not same_file or step.rdev not in (0, have.st_rdev):
         raise ValueError(f"{step.path} is not the {step.kind} that was planned for: it was replaced meanwhile")
     os.set_blocking(fd, True)  # O_NONBLOCK stays on the open file otherwise, and QEMU would inherit it
     _keep(fd, step.role, state, step.number)
@@ -227,11 +227,6 @@ def _write(path: str, text: str, folder: int) -> None:
     os.close(fd)
 
 
-def fork(state: State) -> int:
-    """Fork, into the cgroup where the kernel can: moving there later waits for an RCU grace period, 15 ms."""
-    return sys.clone_into_cgroup(state.cgroup) if state.cgroup_version == 2 else os.fork()
-
-
 def _set_hostname(step: steps.SetHostname, _state: State) -> None:
     sys.sethostname(step.name)
 
@@ -242,7 +237,7 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
     Until it has an id of its own it dies with the jail: before it joins a cgroup of version 1, nobody else finds it.
     """
     # SetIds ends that: the kernel clears it with a new gid or uid (commit_creds() in kernel/cred.c).
-    sys.prctl(sys.PR_SET_PDEATHSIG, 9, "PR_SET_PDEATHSIG")
+    sys.prctl(sys.PR_SET_PDEATHSIG, sys.SIGKILL, "PR_SET_PDEATHSIG")
     if state.cgroup_version == 1:
         _write("cgroup.procs", "0", state.cgroup)
     if state.late_namespaces:
@@ -264,9 +259,8 @@ def become_init(_step: steps.BecomeInit, state: State) -> None:
 
 def set_limit(step: steps.SetLimit, _state: State) -> None:
     """Set soft and hard to one value."""
-    value = resource.RLIM_INFINITY if step.value < 0 else step.value
     number = 10 if step.name == "LOCKS" else getattr(resource, f"RLIMIT_{step.name}")  # <asm-generic/resource.h>
-    resource.setrlimit(number, (value, value))
+    resource.setrlimit(number, (step.value, step.value))  # -1 is RLIM_INFINITY
 
 
 def new_user(_step: steps.NewUser, state: State) -> None:

@@ -19,19 +19,17 @@ import fcntl
 import os
 import resource
 import select
-import stat
 import time
 
 from depriv import codec, steps
 from depriv.check import check
-from depriv.jail import apply
+from depriv.jail import apply, sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
 _PLAN_BYTES_MAX = 1 << 20
-_SIGKILL = 9
 _FILES = 1024
 _ACCESSES = ("ro", "wo", "rw")  # by O_RDONLY, O_WRONLY, O_RDWR
 
@@ -66,8 +64,7 @@ def main(control: int) -> int:
         if isinstance(plan.steps[-1], steps.Execute):
             launch(plan, control)
         else:
-            state = apply.State(-1, -1)
-            state.control = control
+            state = apply.State(control)
             for step in plan.steps:
                 attempt(step, state)
             answer(control, ["done"])
@@ -117,8 +114,7 @@ def launch(plan: steps.Plan, control: int) -> None:
     """Do the steps up to the fork, fork, see the child to its exec, and wait to be released."""
     heard, tell = os.pipe()
     waits, go = os.pipe()
-    state = apply.State(tell, waits)
-    state.control = control
+    state = apply.State(control, tell, waits)
     fork_at = next(number for number, step in enumerate(plan.steps) if isinstance(step, steps.BecomeInit))
     cgroup = next(step.path for step in plan.steps if isinstance(step, steps.MakeCgroup))
     child = -1
@@ -128,7 +124,8 @@ def launch(plan: steps.Plan, control: int) -> None:
             attempt(step, state)
             times += [type(step).__name__, str(time.monotonic_ns())]
         try:
-            child = apply.fork(state)
+            # Into the cgroup where the kernel can: moving there later waits for an RCU grace period, 15 ms.
+            child = sys.clone_into_cgroup(state.cgroup) if state.cgroup_version == 2 else os.fork()
         except OSError as error:  # no room for another process, on the host or in the caller's cgroup
             raise failed(steps.describe(plan.steps[fork_at]), error) from error
         if child == 0:
@@ -170,37 +167,26 @@ def see_to_exec(child: int, plan: steps.Plan, state: apply.State, heard: int, go
             os.write(go, apply.MAPPED)
     if data:
         raise Failed(*codec.unpack(data))
-    # A child that was killed closes the pipe, too.
-    ended, status = os.waitpid(child, os.WNOHANG)
+    # A child that was killed closes the pipe, too. It stays a zombie: its number is its own until clean_up has used it.
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if ended:
-        code = os.waitstatus_to_exitcode(status)
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        raise failed(steps.describe(plan.steps[-1]), ValueError(f"the process ended at once, with {how}"))
+        how = f"{'exit status' if ended.si_code == os.CLD_EXITED else 'signal'} {ended.si_status}"
+        raise Failed(steps.describe(plan.steps[-1]), "0", f"the process ended at once, with {how}")
 
 
 def granted(state: apply.State) -> list[str]:
     """Return role, kind, device, inode, device number, access of each: what the audit may expect to find open."""
-    kinds = ((stat.S_ISREG, "file"), (stat.S_ISBLK, "block"), (stat.S_ISCHR, "char"), (stat.S_ISFIFO, "fifo"))
     handed = set(state.granted.values())
     found: list[str] = []
     for role, fd in state.opened.items():
         if fd in handed:
             have = os.fstat(fd)
-            kind = next((name for test, name in kinds if test(have.st_mode)), "socket")
+            kind = next((name for name, test in apply.KINDS.items() if test(have.st_mode)), "socket")
             access = _ACCESSES[fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE]
             found += [role, kind, str(have.st_dev), str(have.st_ino), str(have.st_rdev), access]
     for name, have in state.nodes.items():
         found += [name, "char", str(have.st_dev), str(have.st_ino), str(have.st_rdev), "rw"]
     return found
-
-
-def end_of(child: int, control: int) -> int:
-    """Wait for QEMU's end and return its exit status, or minus the signal; raise ``Failed`` if the toolstack goes."""
-    pidfd = os.pidfd_open(child)
-    ready, _, _ = select.select((pidfd, control), (), ())
-    if pidfd not in ready:
-        raise Failed("wait for QEMU's end", "0", "the toolstack went away before it")
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def wait_for_release(plan: steps.Plan, state: apply.State, control: int, child: int) -> None:
@@ -217,7 +203,10 @@ def wait_for_release(plan: steps.Plan, state: apply.State, control: int, child: 
                 attempt(step, state)
             answer(control, ["emptied"])
         elif word == b"W":
-            answer(control, ["ended", str(end_of(child, control))])
+            pidfd = os.pidfd_open(child)
+            if pidfd not in select.select((pidfd, control), (), ())[0]:
+                raise Failed("wait for QEMU's end", "0", "the toolstack went away before it")
+            answer(control, ["ended", str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))])
             return
         elif word == b"D":
             return
@@ -228,11 +217,8 @@ def wait_for_release(plan: steps.Plan, state: apply.State, control: int, child: 
 def clean_up(child: int, leaf: str, state: apply.State) -> None:
     """Undo what outlives this process: the child and its cgroup. The namespaces and their mounts end with them."""
     if child > 0:
-        try:
-            os.kill(child, _SIGKILL)  # process 1 of its pid namespace: the kernel kills the rest with it
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        os.kill(child, sys.SIGKILL)  # process 1 of its pid namespace: the kernel kills the rest with it
+        os.waitpid(child, 0)
     if state.cgroup >= 0:  # else the cgroup is not ours
         for _ in range(200):
             try:

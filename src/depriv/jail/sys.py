@@ -60,7 +60,7 @@ _CAPABILITY_VERSION_3: Final = 0x20080522  # <linux/capability.h>
 _AF_UNIX: Final = 1  # <linux/socket.h>
 _SOCK_STREAM: Final = 1
 _SOCK_CLOEXEC: Final = 0o2000000
-_SIGKILL: Final = 9  # <asm-generic/signal.h>
+SIGKILL: Final = 9  # <asm-generic/signal.h>
 _SIGPIPE: Final = 13  # <asm-generic/signal.h>
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -77,7 +77,7 @@ _libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.signal.restype = ctypes.c_void_p
 
 
-def _check(result: int, what: str, *, unless: int = 0) -> int:
+def _check(result: int, what: str, *, unless: int = -1) -> int:
     """Return the result, or raise ``OSError`` with the errno of the call that just failed, ``unless`` it is that."""
     if result < 0 and ctypes.get_errno() != unless:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), what)
@@ -160,7 +160,7 @@ def clone_into_cgroup(directory: int) -> int:
 
 def pidfd_kill(pidfd: int) -> None:
     """Send SIGKILL, unless it has ended. See pidfd_send_signal(2), Linux 5.1; ``signal`` takes 10 ms to import."""
-    sent = _libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, _SIGKILL, None, 0)
+    sent = _libc.syscall(_SYS_PIDFD_SEND_SIGNAL, pidfd, SIGKILL, None, 0)
     _check(sent, "pidfd_send_signal", unless=errno.ESRCH)
 
 

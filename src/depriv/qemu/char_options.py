@@ -287,7 +287,9 @@ def _tpmdev(draft: Draft, word: Word) -> None:
     kind = values(parse_list(word, implied="type")).get("type", "")
     if kind == "help":
         draft.facts["no_guest"] = True
-    elif kind != "emulator":
+        draft.emit("-tpmdev", "help")
+        return
+    if kind != "emulator":
         why = f"{kind}: QEMU would search /sys for the way to cancel a command of the host's TPM"
         draft.refuse(word, why, fix="start swtpm, and use -tpmdev emulator,id=NAME,chardev=ID with a socket chardev")
     # Without a TPM at its other end QEMU does not start.

@@ -86,7 +86,7 @@ class Request(Record):
     daemonize: bool = False
     pidfile: str = ""
     incoming_role: str = ""  # which of the openings a saved state is read from; "": none
-    no_guest: bool = False  # -machine none, -version, -help, -device help: nothing hostile runs in it
+    no_guest: bool = False  # -version, -help, -device help: QEMU prints and ends
     unknown_formats: tuple[DiskFile, ...] = ()  # to be probed, then translated anew
     domid: int = 0  # -xen-domid; 0: none
 

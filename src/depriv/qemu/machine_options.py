@@ -24,9 +24,8 @@ _MIB_DEFAULT = 128  # MachineClass.default_ram_size, hw/core/machine.c
 def _machine(draft: Draft, word: Word) -> None:
     machine = Properties(word, "type")
     kind = machine.text("type")
-    if machine.help or kind == "none":
-        draft.facts["no_guest"] = True
     if machine.help:
+        draft.facts["no_guest"] = True
         draft.emit("-machine", word.value)
         return
     if kind:
@@ -117,6 +116,10 @@ def _overcommit(draft: Draft, word: Word) -> None:
 
 def _boot(draft: Draft, word: Word) -> None:
     boot = Properties(word, "order")
+    if boot.help:
+        draft.facts["no_guest"] = True
+        draft.emit("-boot", word.value)
+        return
     if boot.data.get("splash"):
         boot.data["splash"] = rom(draft, word, boot.text("splash"), role="splash")
     refuse_paths(draft, word, boot.data)
@@ -141,8 +144,6 @@ def _icount(draft: Draft, word: Word) -> None:
 
 def _keymap(draft: Draft, word: Word) -> None:
     """A name is that of a keymap in QEMU's data folders, which the dry run finds; a file is copied."""
-    if word.value in _HELP:
-        draft.facts["no_guest"] = True
     keymap = draft.private(word, word.value, role="keymap") if "/" in word.value else word.value
     draft.emit("-k", keymap)
 
@@ -219,7 +220,7 @@ HANDLERS = {
     "cpu": _asks,
     "vga": _asks,
     "rtc": _asks,
-    "watchdog-action": _asks,
+    **dict.fromkeys(("action", "msg", "smp"), _asks),
     "help": _ends,
     "h": _ends,
     "version": _ends,

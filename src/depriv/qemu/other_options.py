@@ -44,6 +44,8 @@ def _run_with(draft: Draft, word: Word) -> None:
 def _log(draft: Draft, word: Word) -> None:
     if word.value in ("help", "?"):
         draft.facts["no_guest"] = True
+        draft.emit("-d", word.value)
+        return
     draft.emit("-d", word.value, dry=())
 
 
