@@ -66,6 +66,16 @@ class Guest:
         """The domain's number on this host."""
         return self._entry.domid
 
+    @property
+    def is_xen(self) -> bool:
+        """Whether it is the device model of a Xen domain."""
+        return self._entry.accel == "xen"
+
+    @property
+    def entry(self) -> Entry:
+        """What the registry keeps of it."""
+        return self._entry
+
     def row(self) -> Row:
         """Return how it is now. Takes at most two seconds, however QEMU behaves."""
         return _row(self._entry, self._registry, status.ask((self._entry,), self._registry))

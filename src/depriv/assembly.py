@@ -121,6 +121,38 @@ def identity_of(host: Host, device_model_user: str) -> Identity:
     return found
 
 
+def refuse_program(host: Host, *, named: str) -> None:
+    """Refuse a host without a QEMU that can be executed; ``named`` is the path that was asked for, or ""."""
+    if host.program.problem:
+        raise PlanError(
+            f"cannot run QEMU: {host.program.problem}",
+            fix="name a QEMU system emulator" + (" in device_model_override" if named else "")
+            if named
+            else "apt-get install --no-install-recommends qemu-system-x86",
+        )
+
+
+def refuse_no_cgroup(host: Host) -> None:
+    """Refuse a host where a guest's processes could not be killed as one."""
+    if not host.cgroup_dir:
+        raise PlanError(
+            "no cgroup file system is mounted, so the guest's processes could not be killed as one",
+            fix="mount -t cgroup2 cgroup2 /sys/fs/cgroup",
+        )
+
+
+def choose_accel(wanted: str, host: Host) -> str:
+    """Return "kvm" or "tcg", or raise ``PlanError`` if KVM is asked for and is not there."""
+    if wanted == "kvm" and host.kvm_node == (0, 0):
+        raise PlanError(
+            'accel="kvm" but this host has no /dev/kvm',
+            fix='load the kernel module (modprobe kvm_intel or kvm_amd), or set accel="tcg"',
+        )
+    if wanted == "auto":
+        return "kvm" if host.kvm and host.kvm_node != (0, 0) else "tcg"
+    return wanted
+
+
 def assemble(needs: Needs, host: Host, identity: Identity, *, discover: bool = False) -> Launch:
     """Return the launch; with ``discover`` the dry run of it, over the host's own program folders, everything traced.
 

@@ -180,6 +180,8 @@ def kill_cgroup(path: str) -> None:
         if error.errno == errno.ENODEV:  # it was removed, so nothing was in it
             return
         raise
+    for below in _below(path):
+        kill_cgroup(below)
     deadline = time.monotonic() + END_TIMEOUT_S
     sent: set[int] = set()
     while (pids := set(members(path)) - sent) and time.monotonic() < deadline:
@@ -211,6 +213,9 @@ def remove_cgroup(path: str, *, timeout_s: float = END_TIMEOUT_S) -> None:
     """
     deadline = time.monotonic() + timeout_s
     while path:
+        for below in _below(path):
+            with contextlib.suppress(OSError):
+                os.rmdir(below)
         try:
             os.rmdir(path)
             return
@@ -222,6 +227,15 @@ def remove_cgroup(path: str, *, timeout_s: float = END_TIMEOUT_S) -> None:
                 raise HostError(f"cannot remove cgroup {path}", cause=f"in it: process {pids or 'unknown'}") from error
         kill_cgroup(path)  # again: somebody may have joined after the first time
         time.sleep(0.001)
+
+
+def _below(path: str) -> tuple[str, ...]:
+    """Return the cgroups in a domain's: each of its tools has one."""
+    try:
+        with os.scandir(path) as found:
+            return tuple(entry.path for entry in found if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return ()
 
 
 def is_visible(path: str) -> bool:

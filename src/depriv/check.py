@@ -38,6 +38,8 @@ _ONCE_UNRESTRICTED = (
     steps.NoNewPrivs,
     steps.Execute,
 )
+# passt makes a user namespace of its own, in which no id exists: it would not start in one that allows none below it.
+_ONCE_PASST = tuple(kind for kind in _ONCE if kind is not steps.NewUser)
 _LIMITS = (
     "AS",
     "CORE",
@@ -72,6 +74,8 @@ def check(plan: Plan) -> None:
         return
     _check_once(plan)
     _check_execute(plan)
+    if plan.tool:
+        _check_tool(plan)
     if plan.restricted:
         _check_restricted(plan)
 
@@ -124,7 +128,7 @@ def _check_order(plan: Plan) -> None:
 
 def _check_once(plan: Plan) -> None:
     kinds = [type(step) for step in plan.steps]
-    for kind in _ONCE if plan.restricted else _ONCE_UNRESTRICTED:
+    for kind in _ONCE_PASST if plan.tool else _ONCE if plan.restricted else _ONCE_UNRESTRICTED:
         if kinds.count(kind) != 1:
             raise ValueError(f"a plan has the step {kind.__name__} exactly once, this one {kinds.count(kind)} times")
     if kinds.count(steps.Reap) != (0 if plan.shared else 1):
@@ -155,10 +159,12 @@ def _check_execute(plan: Plan) -> None:
     if len(numbers) != len(set(numbers)) or not {0, 1, 2} <= set(numbers) or not in_range:
         raise ValueError("the descriptors are not distinct, or 0, 1 and 2 are not all given")
     execute = plan.steps[-1]
-    if isinstance(execute, steps.Execute) and _options(execute.argv).count("-S") != 1:
+    if not plan.tool and isinstance(execute, steps.Execute) and _options(execute.argv).count("-S") != 1:
         raise ValueError("QEMU has to start stopped: -S")
 
 
+# passt(1): files it would write, a socket it would make, a user it would become
+_PASST_NEVER = {"--log-file", "-l", "--pcap", "-p", "--pid", "-P", "--socket", "-s", "--runas"}
 # Documentation/admin-guide/devices.txt
 _NODES = {"/dev/null": (1, 3), "/dev/kvm": (10, 232), "/dev/ptmx": (5, 2)}
 # Misc devices with numbers of the kernel's choice. Source: drivers/xen/{privcmd,evtchn,gntdev,xenbus}, Linux 6.1
@@ -180,12 +186,30 @@ def _check_restricted(plan: Plan) -> None:
     for step in plan.steps:
         if isinstance(step, steps.Unshare) and set(step.namespaces) != set(spaces):
             raise ValueError(f"Unshare has to name {' '.join(spaces)}")
-        if isinstance(step, steps.Execute):
+        if isinstance(step, steps.Execute) and not plan.tool:
             _check_argv(step.argv)
     limits = sorted(step.name for step in plan.steps if isinstance(step, steps.SetLimit))
     if limits != sorted(_LIMITS):
         raise ValueError(f"the limits have to be {' '.join(_LIMITS)}, each once")
-    _check_emptied(plan)
+    if not plan.tool:
+        _check_emptied(plan)
+
+
+def _check_tool(plan: Plan) -> None:
+    """A tool is one that is known, restricted, with nothing of QEMU's; passt is in the host's network for its guest."""
+    if plan.tool != "passt":
+        raise ValueError(f"no tool {plan.tool[:40]!r} is known")
+    if not (plan.restricted and plan.keep_net) or plan.after:
+        raise ValueError("passt is restricted, in the host's network, and has its root replaced by itself")
+    for step in plan.steps:
+        if isinstance(step, steps.MakeNode) and step.path != "/dev/null":
+            raise ValueError(f"passt has no use for {step.path}")
+        if isinstance(step, steps.OpenFile) and step.access != "ro":
+            raise ValueError(f"passt writes no file: {step.path}")
+        if isinstance(step, steps.Execute):
+            words = step.argv
+            if words.count("--fd") != 1 or words.count("--foreground") != 1 or set(words) & _PASST_NEVER:
+                raise ValueError("passt gets its guest by descriptor, stays our child, and writes no files")
 
 
 def _check_emptied(plan: Plan) -> None:

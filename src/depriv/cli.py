@@ -17,6 +17,7 @@ try:
     import os
     import sys
 
+    from depriv import cli_options
     from depriv.errors import ConfigError, DeprivError, HostError, render
     from depriv.text import one_line
 except KeyboardInterrupt:  # these take most of the time until `run`, and a traceback tells an administrator nothing
@@ -131,7 +132,7 @@ def parser(verb: str = "") -> argparse.ArgumentParser:
         prog="depriv",
         allow_abbrev=False,
         description="Run QEMU with nothing to gain from taking it over.",
-        formatter_class=_Formatter,
+        formatter_class=cli_options.Formatter,
     )
     top.add_argument("--version", action="version", version="depriv 0.1.0")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -139,93 +140,11 @@ def parser(verb: str = "") -> argparse.ArgumentParser:
         if verb not in VERBS or verb == name:
             description = text[0].upper() + text[1:] + "."
             made = verbs.add_parser(
-                name, help=text, description=description, allow_abbrev=False, formatter_class=_Formatter
+                name, help=text, description=description, allow_abbrev=False, formatter_class=cli_options.Formatter
             )
             made.set_defaults(act=act)
             add_options(made)
     return top
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Help of a fixed width: to ask for the terminal's, argparse imports a good deal."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=100)
-
-
-def _file_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("file", metavar="FILE", help="configuration, see depriv.cfg(5)")
-    # The default tells argparse that there need be none.
-    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="as if at the end of the file")
-
-
-def _json_option(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _name_option(made: argparse.ArgumentParser) -> None:
-    made.add_argument("name", metavar="NAME", help="name or domid")
-
-
-def _plan_options(made: argparse.ArgumentParser) -> None:
-    made.usage = "depriv plan [--json] FILE [KEY=VALUE ...]\n       depriv plan [--json] [options of run] -- QEMU ..."
-    made.add_argument("file", metavar="FILE", nargs="?", help="configuration, see depriv.cfg(5)")
-    made.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="as if at the end of the file")
-    _json_option(made)
-    _qemu_options(made)
-
-
-def _run_options(made: argparse.ArgumentParser) -> None:
-    made.usage = "depriv run [options] -- QEMU ..."
-    _qemu_options(made)
-
-
-def _qemu_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--name", metavar="NAME", default="", help="the domain's name; default: that of -name")
-    made.add_argument("--user", metavar="USER", default="", help="run QEMU as this user instead of one of the range")
-    made.add_argument("--keep-net", action="store_true", help="leave QEMU in the host's network (said aloud)")
-    made.add_argument("--probe-format", action="store_true", help="have qemu-img, jailed, find formats not given")
-
-
-def _shim_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("directory", metavar="DIR", help="where to write them; it may be there already")
-    made.add_argument("--qemu", metavar="PATH", default="", help="only for this QEMU; default: all of this host")
-    made.add_argument("--user", metavar="USER", default="", help="as for run")
-    made.add_argument("--keep-net", action="store_true", help="as for run")
-    made.add_argument("--probe-format", action="store_true", help="as for run")
-
-
-def _create_options(made: argparse.ArgumentParser) -> None:
-    _file_options(made)
-    made.add_argument("-p", "--paused", action="store_true", help="stop before the first instruction")
-
-
-def _list_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all")
-    _json_option(made)
-
-
-def _console_options(made: argparse.ArgumentParser) -> None:
-    _name_option(made)
-    made.add_argument("--dump", action="store_true", required=True, help="print what there is and end")
-
-
-def _audit_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("name", metavar="NAME", nargs="?", help="name or domid")
-    made.add_argument("--pid", type=int, metavar="N", help="any process of this host instead")
-    _json_option(made)
-
-
-def _gc_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("names", metavar="NAME", nargs="*", help="name or domid; default: all, and what is of none")
-    made.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
-    made.add_argument("--restart", action="store_true", help="start those again whose configuration says so")
-    _json_option(made)
-
-
-def _setup_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--dry-run", action="store_true", help="only print the commands")
-    made.add_argument("--remove", action="store_true", help="remove the users that it made")
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -275,6 +194,11 @@ def create(arguments: argparse.Namespace) -> int:
     """Start a domain. The jail's interpreter starts while this one still reads the configuration."""
     from depriv.spawn import Jail
 
+    if os.path.exists("/proc/xen/capabilities"):  # most hosts have not: what follows imports a good deal
+        from depriv import cli_xen, xenstore
+
+        if xenstore.is_dom0():
+            return cli_xen.create(arguments, _load(arguments), _toolstack())
     begun_s = _begun()
     times = [("arguments", time.monotonic())]
     with Jail() as jail:
@@ -332,7 +256,16 @@ def console(arguments: argparse.Namespace) -> int:
     """Print the console's buffer: as it came into a file or pipe, made safe on a terminal."""
     from depriv.text import console_safe
 
-    data = _toolstack().guest(arguments.name).console()
+    guest = _toolstack().guest(arguments.name)
+    if guest.is_xen:
+        from depriv import cli_xen
+
+        return cli_xen.console(guest, dump=arguments.dump)
+    if not arguments.dump:
+        raise ConfigError(
+            "console prints what there is, and ends: say --dump", fix=f"depriv console --dump {guest.name}"
+        )
+    data = guest.console()
     text = console_safe(data)
     print(text, end="" if text.endswith("\n") or not text else "\n")
     return 0
@@ -357,8 +290,41 @@ def destroy(arguments: argparse.Namespace) -> int:
     from depriv.spawn import Jail
 
     with Jail() as jail:
-        _toolstack().guest(arguments.name).destroy(jail)
+        guest = _toolstack().guest(arguments.name)
+        if guest.is_xen:
+            from depriv import cli_xen
+
+            cli_xen.destroy(guest)
+        guest.destroy(jail)
     return 0
+
+
+def cd_insert(arguments: argparse.Namespace) -> int:
+    """Put an image into a CD-ROM drive."""
+    from depriv import cli_xen
+
+    return cli_xen.change_cd(_toolstack().guest(arguments.name), arguments.vdev, arguments.file)
+
+
+def cd_eject(arguments: argparse.Namespace) -> int:
+    """Take the image out of a CD-ROM drive."""
+    from depriv import cli_xen
+
+    return cli_xen.change_cd(_toolstack().guest(arguments.name), arguments.vdev, "")
+
+
+def save(arguments: argparse.Namespace) -> int:
+    """Save a domain to a file, and end it."""
+    from depriv import cli_xen
+
+    return cli_xen.save(_toolstack().guest(arguments.name), arguments.file)
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """Go on with a saved domain."""
+    from depriv import cli_xen
+
+    return cli_xen.restore(arguments, _toolstack())
 
 
 def gc(arguments: argparse.Namespace) -> int:
@@ -438,25 +404,25 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def _no_options(_made: argparse.ArgumentParser) -> None:
-    """Take none."""
-
-
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]]] = {
-    "check": ("read a configuration, say what is wrong with it", check, _file_options),
-    "plan": ("show what create would do, and touch nothing", show_plan, _plan_options),
-    "run": ("run a QEMU command line confined, in the foreground", run_qemu, _run_options),
-    "shim": ("write programs under QEMU's own names that run it confined", shim, _shim_options),
-    "create": ("start a domain, confined and audited", create, _create_options),
-    "list": ("list the domains of this host", show_list, _list_options),
-    "console": ("print what a guest has written to its serial port", console, _console_options),
-    "audit": ("ask the kernel whether every restriction holds", audit, _audit_options),
-    "destroy": ("end a domain at once, and see that nothing is left", destroy, _name_option),
-    "gc": ("clear away what was cut short, and domains that have ended", gc, _gc_options),
-    "watch": ("see to the ends of all guests as their configurations say", watch, _no_options),
-    "doctor": ("say what this host lacks, and what fixes it", doctor, _json_option),
-    "setup": ("make the users that device models run as", setup, _setup_options),
-    "demo": ("run a demonstration guest, show its audit, end it", demo, _no_options),
+    "check": ("read a configuration, say what is wrong with it", check, cli_options.file_options),
+    "plan": ("show what create would do, and touch nothing", show_plan, cli_options.plan_options),
+    "run": ("run a QEMU command line confined, in the foreground", run_qemu, cli_options.run_options),
+    "shim": ("write programs under QEMU's own names that run it confined", shim, cli_options.shim_options),
+    "create": ("start a domain, confined and audited", create, cli_options.create_options),
+    "list": ("list the domains of this host", show_list, cli_options.list_options),
+    "console": ("print what a guest has written to its serial port", console, cli_options.console_options),
+    "audit": ("ask the kernel whether every restriction holds", audit, cli_options.audit_options),
+    "destroy": ("end a domain at once, and see that nothing is left", destroy, cli_options.name_option),
+    "cd-insert": ("put an image into a CD-ROM drive of a Xen domain", cd_insert, cli_options.cd_insert_options),
+    "cd-eject": ("take the image out of a CD-ROM drive of a Xen domain", cd_eject, cli_options.cd_options),
+    "save": ("save a Xen domain to a file, and end it", save, cli_options.save_options),
+    "restore": ("go on with a Xen domain that was saved", restore, cli_options.restore_options),
+    "gc": ("clear away what was cut short, and domains that have ended", gc, cli_options.gc_options),
+    "watch": ("see to the ends of all guests as their configurations say", watch, cli_options.no_options),
+    "doctor": ("say what this host lacks, and what fixes it", doctor, cli_options.json_option),
+    "setup": ("make the users that device models run as", setup, cli_options.setup_options),
+    "demo": ("run a demonstration guest, show its audit, end it", demo, cli_options.no_options),
 }
 
 

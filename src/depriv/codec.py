@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from depriv.records import Record
     from depriv.steps import Step
 
-VERSION = "depriv-plan-2"
+VERSION = "depriv-plan-3"
 _STEPS = {kind.__name__: kind for kind in steps.ALL}
 _ITEMS_MAX = 10_000
 
@@ -41,6 +41,7 @@ def encode(plan: steps.Plan) -> bytes:
         ValueError: a text in it contains NUL.
     """
     words = [VERSION, plan.domain, str(plan.domid), _bool(plan.restricted), _bool(plan.shared), _bool(plan.keep_net)]
+    words.append(plan.tool)
     for part in (plan.steps, plan.after):
         words.append(str(len(part)))
         for step in part:
@@ -69,6 +70,7 @@ def decode(body: bytes) -> steps.Plan:
             restricted=_is_true("restricted", next(words)),
             shared=_is_true("shared", next(words)),
             keep_net=_is_true("keep_net", next(words)),
+            tool=_text(next(words)),
             steps=_steps(words),
             after=_steps(words),
         )

@@ -17,7 +17,7 @@ from depriv.durable import BusyError
 from depriv.ending import END_TIMEOUT_S, finish, forget
 from depriv.errors import DeprivError, NotFoundError
 from depriv.host import STATE_DIR
-from depriv.identity import RANGE_BASE, RANGE_COUNT, find_user
+from depriv.identity import RANGE_BASE, RANGE_COUNT, find_user, tool_domid
 from depriv.records import Record
 from depriv.registry import remove_tree
 from depriv.runtime import half_made
@@ -187,7 +187,9 @@ def strays(registry: Registry) -> tuple[Due, ...]:
     base = find_user(RANGE_BASE, ask_nss(names=(RANGE_BASE,)))
     if base is None or registry.folder != STATE_DIR or os.path.exists("/proc/xen/capabilities"):
         return ()
-    known = {entry.uid for entry in registry.entries()} | {base.uid + leaf.domid for leaf in cgroup.leaves()}
+    domids = {leaf.domid for leaf in cgroup.leaves()}
+    known = {entry.uid for entry in registry.entries()} | {base.uid + domid for domid in domids}
+    known |= {base.uid + tool_domid(domid) for domid in domids.union(registry.domids())}
     uids: dict[int, list[int]] = {}
     for process in proc.processes():
         for uid in {*process.uids} - known:

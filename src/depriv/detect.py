@@ -11,6 +11,7 @@ from depriv.accounts import accounts_for
 from depriv.cgroup import find_cgroup, folder_name
 from depriv.host import CACHE_DIR, STATE_DIR, FileFacts, Host, Program
 from depriv.proc import processes_of
+from depriv.qemu.probing import format_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -168,6 +169,16 @@ def find_tool(name: str) -> str:
     return next((path for path in candidates if os.access(path, os.X_OK)), "")
 
 
+def fastest_build(path: str) -> str:
+    """Return the build for this processor that lies beside a program, as passt's for AVX2 does, or the program."""
+    build = f"{path}.avx2"
+    if not os.access(build, os.X_OK):
+        return path
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return build if "avx2" in flags.split() else path
+
+
 def root_layout(program: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """Return which top-level folders the program's files lie in, and which top-level names are links to them."""
     dirs: list[str] = []
@@ -255,6 +266,7 @@ def _look_inside(path: str, fd: int) -> FileFacts:
         rdev=have.st_rdev,
         size=os.lseek(fd, 0, os.SEEK_END) if block else have.st_size,
         magic=magic,
+        format=format_of(head),
     )
     return _qcow2(facts, fd, head) if magic == "qcow2" else facts
 

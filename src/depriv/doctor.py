@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 
+from depriv import xenstore
 from depriv.accounts import ETC, accounts_for
 from depriv.errors import DeprivError
 from depriv.identity import DOMID_FIRST, RANGE_BASE, choose, find_user, move_range_fix, range_problems
@@ -61,6 +62,12 @@ def diagnose(*, proc: str = "/proc", dev: str = "/dev", etc: str = ETC) -> tuple
         find_kvm(proc, dev),
         find_tun(dev),
     )
+    if xenstore.is_dom0():
+        from depriv import xendoctor  # noqa: PLC0415 (on Xen only)
+
+        # There guests are started by xl with Xen's own QEMU; another one is of no use.
+        findings = tuple(finding for finding in findings if finding.id not in ("qemu", "kvm"))
+        findings += tuple(Finding(**found.as_dict()) for found in xendoctor.findings())
     return tuple(sorted(findings, key=lambda finding: not finding.needed))
 
 

@@ -121,6 +121,8 @@ def end_processes(entry: Entry, registry: Registry, jail: Jail, *, timeout_s: fl
     if entry.expected is not None and entry.boot_id == registry.boot_id:
         # Process 1 of a pid namespace is wholly dead only when everything in it is. See pid_namespaces(7).
         _await_end(entry.expected.pid, entry.expected.starttime, "QEMU", deadline)
+        for tool in entry.tools:
+            _await_end(tool.pid, tool.starttime, tool.name, deadline)
     if entry.shared and entry.cgroup and not cgroup.is_visible(entry.cgroup):
         raise HostError(f"cannot see what is in cgroup {entry.cgroup}", fix="run this where that hierarchy is mounted")
     cgroup.remove_cgroup(entry.cgroup, timeout_s=_left_s(deadline))
@@ -150,6 +152,8 @@ def kill(entry: Entry, registry: Registry) -> None:
     """Send SIGKILL to process 1 of a domain's pid namespace and to all of its cgroup; wait for nothing."""
     if entry.boot_id == registry.boot_id and entry.expected is not None:
         kill_process(entry.expected.pid, entry.expected.starttime)
+        for tool in entry.tools:
+            kill_process(tool.pid, tool.starttime)
     cgroup.kill_cgroup(entry.cgroup)
 
 

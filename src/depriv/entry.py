@@ -17,6 +17,17 @@ STATES = ("starting", "running", "ending", "quarantined", "waiting")  # that are
 _TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool}
 
 
+class Tool(Record):
+    """A process that runs beside a domain's QEMU, for it."""
+
+    name: str  # "passt"
+    role: str  # what it is for: "net0"
+    pid: int
+    starttime: int  # field 22 of /proc/PID/stat
+    uid: int
+    gid: int
+
+
 class Entry(Record):
     """One domain as the registry knows it."""
 
@@ -48,6 +59,7 @@ class Entry(Record):
     restarts: int = 0  # how many times in a row it was started again after a short life
     trouble: str = ""  # why it is quarantined, waiting or damaged
     expected: Expected | None = None  # None until QEMU executes
+    tools: tuple[Tool, ...] = ()
 
     @property
     def holding(self) -> Holding:
@@ -75,6 +87,7 @@ def encode(entry: Entry) -> dict[str, object]:
         expected["limits"] = [limit.as_dict() for limit in entry.expected.limits]
         expected["grants"] = [grant.as_dict() for grant in entry.expected.grants]
         data["expected"] = expected
+    data["tools"] = [tool.as_dict() for tool in entry.tools]
     return {"version": VERSION, **data}
 
 
@@ -96,6 +109,7 @@ def decode(data: dict[str, Any]) -> Entry:
             expected = Expected(**expected)
         data["images"] = tuple((dev, ino, rdev, writable) for dev, ino, rdev, writable in data["images"])
         data["left"] = tuple((path, dev, ino) for path, dev, ino in data.get("left", ()))
+        data["tools"] = tuple(Tool(**tool) for tool in data.get("tools", ()))
         entry = Entry(**data, expected=expected)
     except (KeyError, TypeError, ValueError) as error:
         raise HostError("is not an entry of this version", cause=repr(error)[:200]) from error
@@ -109,7 +123,7 @@ def _is_of_its_types(entry: Entry) -> bool:
     plain: list[tuple[object, str]] = [(number, "int") for image in entry.images for number in image[:3]]
     plain += [(image[3], "bool") for image in entry.images]
     plain += [(item, kind) for file in entry.left for item, kind in zip(file, ("str", "int", "int"), strict=True)]
-    records: list[Record] = [entry]
+    records: list[Record] = [entry, *entry.tools]
     if entry.expected is not None:
         records += [entry.expected, *entry.expected.limits, *entry.expected.grants]
         plain += [(word, "str") for word in entry.expected.environ]

@@ -19,6 +19,7 @@ import time
 from depriv import detect, launching, lifecycle
 from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
+from depriv.config import Note
 from depriv.ending import finish
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
 from depriv.guestlog import Copy
@@ -27,8 +28,9 @@ from depriv.planner import refuse_name
 from depriv.qemu.draft import Allowed, Request
 from depriv.qemu.translate import translate
 from depriv.report import Grant
-from depriv.requests import SOURCE_BASE, Run, plan_run, plan_run_discovery
+from depriv.requests import SOURCE_BASE, Run, passts, plan_run, plan_run_discovery
 from depriv.spawn import Jail
+from depriv.tools import Tools
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +80,20 @@ def understand_with(words: tuple[str, ...], allowed: Allowed, *, cwd: str) -> Re
             seen[path] = detect.look_at(path)
         return seen[path]
 
-    return translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text)
+    request = translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text)
+    if not request.unknown_formats:
+        return request
+    formats = {disk.path: _format(disk.facts) for disk in request.unknown_formats}
+    request = translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text, formats=formats)
+    found = [Note(key="probe-format", text=f"{path} looks like {kind}: used as that") for path, kind in formats.items()]
+    return request.replace(notes=(*request.notes, *found))
+
+
+def _format(facts: FileFacts) -> str:
+    """Return the format that QEMU itself would take an image for."""
+    if facts.unread:
+        raise ConfigError(f"cannot read {facts.path} to see its format", fix="run this as root, or give the format")
+    return facts.format
 
 
 class Wish(lifecycle.Wish):
@@ -95,7 +110,7 @@ class Wish(lifecycle.Wish):
         self.opened = Opened(SOURCE_BASE)
         self._prepared = False
         self.restricted = True
-        self.loads = bool(request.incoming_role)
+        self.loads = bool(request.incoming_role) or request.waits
         self.keeps_jail = not request.daemonize
         self.jail: Jail | None = None
         self.entry: Entry | None = None
@@ -169,9 +184,14 @@ class Wish(lifecycle.Wish):
             monitor.execute("display-update", {"type": "vnc", "addresses": [address]}, timeout_s=10)
         if self.request.incoming_role:
             self._load(running)
-        self.opened.close()
-        if self.request.pidfile:
-            running.entry = _write_pidfile(self.request.pidfile, running, self._registry)
+        if self.request.waits:
+            running.entry = _without_locks(running.entry, self._registry)
+        with Tools(self._registry, self._cache_dir) as tools:
+            for opening in passts(self.request):
+                running.entry = tools.start_passt(opening, self.opened.tools[opening.role], running.entry)
+            self.opened.close()
+            self._keep_left(running)
+            tools.release()
         self.entry = running.entry
         if self.request.daemonize:
             running.jail.release()
@@ -179,6 +199,14 @@ class Wish(lifecycle.Wish):
             running.jail.watch()
             self.jail = running.jail
         self.let_run(running, paused=paused)
+
+    def _keep_left(self, running: Running) -> None:
+        """Write down what ends with the domain: tools, and files outside of its folder."""
+        running.entry = running.entry.replace(left=(*running.entry.left, *self.opened.left))
+        if self.request.pidfile:
+            running.entry = _write_pidfile(self.request.pidfile, running)
+        if self.opened.left or self.request.pidfile or running.entry.tools:
+            self._registry.save(running.entry)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
         """Do the last thing of a start."""
@@ -195,11 +223,25 @@ class Wish(lifecycle.Wish):
             if time.monotonic() > deadline:
                 raise MonitorError(f"the saved state was not read within {_INCOMING_TIMEOUT_S:.0f} seconds")
             time.sleep(0.02)
+        self.loaded(running)
         running.audit_again()
 
+    def loaded(self, running: Running) -> None:
+        """Do what is needed for QEMU to open its images for writing: nothing, it has."""
 
-def _write_pidfile(path: str, running: Running, registry: Registry) -> Entry:
-    """Write what QEMU's -pidfile would hold, and remember to remove it."""
+
+def _without_locks(entry: Entry, registry: Registry) -> Entry:
+    """Expect no locks of a QEMU that waits for its state: it takes them when it has that, which we do not see."""
+    if entry.expected is None:
+        raise AssertionError("a domain that has started has a process")
+    grants = tuple(grant.replace(locked=False) for grant in entry.expected.grants)
+    entry = entry.replace(expected=entry.expected.replace(grants=grants))
+    registry.save(entry)
+    return entry
+
+
+def _write_pidfile(path: str, running: Running) -> Entry:
+    """Write what QEMU's -pidfile would hold; return the entry that knows to remove it."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -208,9 +250,7 @@ def _write_pidfile(path: str, running: Running, registry: Registry) -> Entry:
         os.write(fd, b"%d\n" % running.launched.pid)
     finally:
         os.close(fd)
-    entry = running.entry.replace(left=(*running.entry.left, launching.file_left(path)))
-    registry.save(entry)
-    return entry
+    return running.entry.replace(left=(*running.entry.left, launching.file_left(path)))
 
 
 def plan_words(

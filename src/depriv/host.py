@@ -37,6 +37,7 @@ class FileFacts(Record):
     detail: str = ""  # of "missing" and "unreadable": the reason; of "symlink": where it leads
     unread: bool = False  # we may look at it but not into it: what follows is not known
     magic: str = ""  # "qcow2", "qcow", "vmdk", "vhd", "qed", "luks", "bzimage", "elf" or ""
+    format: str = ""  # of an image, as QEMU itself would guess it: "raw", "qcow2", "vpc", ...
     virtual_size: int = 0  # qcow2: bytes that the guest sees
     cluster_size: int = 0  # qcow2
     backing: str = ""  # qcow2: backing file named in the header; never followed

@@ -44,6 +44,15 @@ _LOW_16 = {0: "root", 65534: "nobody", 65535: "-1"}
 _OWNED = "processes of that user's containers could have the same id"
 
 
+def tool_domid(domid: int) -> int:
+    """Return the domid whose ids in the range a domain's tools have: passt beside its QEMU must not be its QEMU.
+
+    Counted from the other end, so that no two domains have the same; that both are never a domain's at once is seen to
+    where domids are chosen (docs/adr/0015).
+    """
+    return DOMID_FIRST + DOMID_LAST - domid
+
+
 class User(Record):
     """One passwd(5) entry, as far as it matters here."""
 

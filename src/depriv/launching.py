@@ -12,7 +12,7 @@ import select
 import stat
 import time
 
-from depriv import proc, status
+from depriv import proc, status, toolaudit
 from depriv.ending import remove_left
 from depriv.errors import HostError, JailError, MonitorError
 from depriv.guestlog import Log, start_fix
@@ -316,7 +316,8 @@ def audit_domain(entry: Entry, registry: Registry) -> AuditReport:
     expected = entry.expected
     if expected.xen_domid:
         expected = expected.replace(grants=(*expected.grants, *_media(expected.xen_domid)))
-    return audit(expected.pid, expected=expected, others=_others(registry, entry.domid))
+    report = audit(expected.pid, expected=expected, others=_others(registry, entry.domid))
+    return report.replace(checks=(*report.checks, *toolaudit.checks(entry.tools)))
 
 
 def _media(domid: int) -> list[Grant]:

@@ -16,6 +16,7 @@ from depriv.openings import (
     ConnectUnix,
     Inherited,
     ListenTcp,
+    ListenUnixHere,
     OpenTap,
     ReadFile,
     StartPasst,
@@ -52,22 +53,36 @@ class Opened:
         self._base = base
         self._held: list[int] = []
         self.kept: dict[str, int] = {}  # role -> descriptor, of those that are handed over later
+        self.tools: dict[str, int] = {}  # role -> the tool's end of a socket pair, of those that are started later
+        self.left: list[tuple[str, int, int]] = []  # path, st_dev, st_ino of the sockets that were made
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        """Close all."""
+    def __exit__(self, kind: object, *_exception: object) -> None:
+        """Close all; remove the sockets that were made if it ends in an exception."""
         self.close()
+        if kind is not None:
+            self.remove_left()
+
+    def remove_left(self) -> None:
+        """Remove the sockets that were made, where they are still those."""
+        for path, dev, ino in self.left:
+            with contextlib.suppress(OSError):
+                have = os.lstat(path)
+                if (have.st_dev, have.st_ino) == (dev, ino):
+                    os.unlink(path)
+        self.left.clear()
 
     def close(self) -> None:
         """Close all that is still open."""
-        for fd in (*self._held, *self.kept.values()):
+        for fd in (*self._held, *self.kept.values(), *self.tools.values()):
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._held.clear()
         self.kept.clear()
+        self.tools.clear()
 
     def hand(self, fd: int, role: str, number: int) -> None:
         """Hold a descriptor, which is ours from now on, where the jail looks for QEMU's ``number``; -1: keep it.
@@ -100,6 +115,14 @@ class Opened:
             if isinstance(opening, OpenTap):
                 for number, fd in zip(opening.numbers, open_tap(opening), strict=True):
                     self.hand(fd, opening.role, number)
+            elif isinstance(opening, ListenUnixHere):
+                fd, made = listen_unix(opening)
+                self.left.append(made)
+                self.hand(fd, opening.role, opening.number)
+            elif isinstance(opening, StartPasst):
+                ours, its = socket.socketpair()
+                self.tools[opening.role] = its.detach()
+                self.hand(ours.detach(), opening.role, opening.number)
             else:
                 self.hand(_OPENERS[type(opening)](opening), opening.role, opening.number)
         except OSError as error:
@@ -111,6 +134,8 @@ def _fix(opening: Opening) -> str:
     match opening:
         case ListenTcp():
             return "see who has the port: ss -ltnp; or name another, or a range with to="
+        case ListenUnixHere():
+            return "see that its folder is there and can be written to, and that nothing else has that name"
         case ConnectTcp() | ConnectUnix():
             return "start what is to be connected to first"
         case WriteFile():
@@ -155,6 +180,32 @@ def _listen_tcp(opening: ListenTcp) -> int:
                 last = error
                 made.close()
     raise last or OSError("no such address")
+
+
+def listen_unix(opening: ListenUnixHere) -> tuple[int, tuple[str, int, int]]:
+    """Return a socket that listens, root's alone, and its path, st_dev and st_ino. An old one is removed first.
+
+    Raises:
+        OSError: its folder cannot be used, or something that is no socket has the name (EADDRINUSE); that is kept.
+    """
+    folder, _, name = opening.path.rpartition("/")
+    # The path may be longer than a socket address: bind in the folder, by a short name.
+    at = os.open(folder or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(name, dir_fd=at).st_mode):
+                os.unlink(name, dir_fd=at)
+        os.fchmod(made.fileno(), 0o600)  # the file is made with the socket's mode: unix_bind_bsd, net/unix/af_unix.c
+        made.bind(f"/proc/self/fd/{at}/{name}")
+        have = os.lstat(name, dir_fd=at)
+        made.listen(8)
+        return made.detach(), (opening.path, have.st_dev, have.st_ino)
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(at)
 
 
 def _connect_tcp(opening: ConnectTcp) -> int:
@@ -222,10 +273,6 @@ def open_tap(opening: OpenTap) -> list[int]:
     return fds
 
 
-def _start_passt(opening: StartPasst) -> int:
-    raise HostError(f"cannot {describe(opening)}", fix="use a tap, or --keep-net")
-
-
 _OPENERS: dict[type[Opening], Callable[..., int]] = {
     Inherited: _inherited,
     ListenTcp: _listen_tcp,
@@ -233,5 +280,4 @@ _OPENERS: dict[type[Opening], Callable[..., int]] = {
     ConnectUnix: _connect_unix,
     WriteFile: _write_file,
     ReadFile: _read_file,
-    StartPasst: _start_passt,
 }

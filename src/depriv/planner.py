@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from depriv import storage
-from depriv.assembly import Launch, Needs, Private, assemble, identity_of, shared_warning
+from depriv.assembly import (
+    Launch,
+    Needs,
+    Private,
+    assemble,
+    choose_accel,
+    identity_of,
+    refuse_no_cgroup,
+    refuse_program,
+    shared_warning,
+)
 from depriv.errors import ConfigError, PlanError
 from depriv.qemu.cmdline import PRIVATE, Image, command_line
 from depriv.steps import OpenFile
@@ -101,7 +111,12 @@ def _check_domain(config: Domain, host: Host) -> None:
             "this host runs Xen, and this version starts guests under KVM and QEMU's own emulation only",
             fix="use xl with dm_restrict=1 on this host",
         )
-    refuse_program(host, named=config.device_model_override)
+    refuse_program(
+        host,
+        fix="name a QEMU system emulator in device_model_override"
+        if config.device_model_override
+        else "apt-get install --no-install-recommends qemu-system-x86",
+    )
     if host.memory_mib and config.memory_mib > host.memory_mib:
         raise ConfigError(
             f"memory={config.memory_mib} (MiB) is more than this host has",
@@ -115,26 +130,6 @@ def _check_domain(config: Domain, host: Host) -> None:
         )
     refuse_no_cgroup(host)
     refuse_name(config.name, host.holdings, config.place("name"))
-
-
-def refuse_program(host: Host, *, named: str) -> None:
-    """Refuse a host without a QEMU that can be executed; ``named`` is the path that was asked for, or ""."""
-    if host.program.problem:
-        raise PlanError(
-            f"cannot run QEMU: {host.program.problem}",
-            fix="name a QEMU system emulator" + (" in device_model_override" if named else "")
-            if named
-            else "apt-get install --no-install-recommends qemu-system-x86",
-        )
-
-
-def refuse_no_cgroup(host: Host) -> None:
-    """Refuse a host where a guest's processes could not be killed as one."""
-    if not host.cgroup_dir:
-        raise PlanError(
-            "no cgroup file system is mounted, so the guest's processes could not be killed as one",
-            fix="mount -t cgroup2 cgroup2 /sys/fs/cgroup",
-        )
 
 
 def refuse_name(name: str, holdings: tuple[Holding, ...], place: dict[str, Any]) -> None:
@@ -153,18 +148,6 @@ def refuse_name(name: str, holdings: tuple[Holding, ...], place: dict[str, Any])
                 fix=f"choose another name=, or end it: depriv destroy {name}",
                 **place,
             )
-
-
-def choose_accel(wanted: str, host: Host) -> str:
-    """Return "kvm" or "tcg", or raise ``PlanError`` if KVM is asked for and is not there."""
-    if wanted == "kvm" and host.kvm_node == (0, 0):
-        raise PlanError(
-            'accel="kvm" but this host has no /dev/kvm',
-            fix='load the kernel module (modprobe kvm_intel or kvm_amd), or set accel="tcg"',
-        )
-    if wanted == "auto":
-        return "kvm" if host.kvm and host.kvm_node != (0, 0) else "tcg"
-    return wanted
 
 
 def _with_firmware(config: Domain, host: Host) -> Domain:

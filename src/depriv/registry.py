@@ -19,7 +19,7 @@ from depriv import cgroup, durable, proc
 from depriv.entry import Entry, decode, encode
 from depriv.errors import HostError, NotFoundError, PlanError
 from depriv.host import STATE_DIR
-from depriv.identity import DOMID_FIRST, DOMID_LAST
+from depriv.identity import DOMID_FIRST, DOMID_LAST, tool_domid
 from depriv.policy import ENDS
 
 TYPE_CHECKING = False
@@ -228,13 +228,14 @@ class Registry:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)  # counts on when somebody sets the clock
         resting = {domid for domid, freed in history.items() if now - freed < REUSE_DELAY_S}
         # A uid belongs to one domain of the host, whichever registry knows it; and what has a cgroup may live.
-        resting |= {leaf.domid for leaf in cgroup.leaves()}
+        living = used | {leaf.domid for leaf in cgroup.leaves()}
+        resting |= living | {tool_domid(domid) for domid in living}  # whose uid its tools have
         last = max(history, key=lambda domid: history[domid], default=0)
         last = max(last, max(used, default=0)) if last < DOMID_LAST else 0
         count = DOMID_LAST - DOMID_FIRST + 1
         for offset in range(count):
             domid = DOMID_FIRST + (last + offset) % count
-            if domid not in used and domid not in resting:
+            if domid not in resting and domid != tool_domid(domid):
                 return domid
         raise PlanError(
             f"all {count} domids are in use, or were within the last {REUSE_DELAY_S} seconds",

@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
-from depriv.assembly import Launch, Needs, Private, assemble, identity_of, shared_warning
+from depriv.assembly import (
+    Launch,
+    Needs,
+    Private,
+    assemble,
+    choose_accel,
+    identity_of,
+    refuse_no_cgroup,
+    refuse_program,
+    shared_warning,
+)
 from depriv.check import SANDBOX
 from depriv.errors import PlanError
 from depriv.openings import ListenTcp, OpenTap, StartPasst, WriteFile
-from depriv.planner import choose_accel, refuse_no_cgroup, refuse_program
 from depriv.qemu.cmdline import EVENTS_FD, QMP_FD
 from depriv.records import Record
 from depriv.steps import OpenFile, TakeFd

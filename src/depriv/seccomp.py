@@ -78,6 +78,8 @@ _NEVER: Final = {
     "userfaultfd": (323, 282),
     "vhangup": (153, 58),
 }
+# What passt makes its own namespaces with, before it loads a filter of its own: isolation.c of passt 2023-03-09.
+_ISOLATING: Final = ("mount", "pivot_root", "umount2", "unshare")
 _SPAWN: Final = {"execveat": (322, 281), "fork": (57, -1), "vfork": (58, -1)}  # execve stays: it starts QEMU
 _CLONE: Final = (56, 220)
 _CLONE3: Final = (435, 435)  # its flags are in memory, which no filter can read
@@ -107,12 +109,13 @@ _ARGUMENTS: Final = 16  # of 8 bytes each, the lower half first
 _ENDS: Final = {"allow": _ALLOW, "deny": _EPERM, "lack": _ENOSYS, "kill": _KILL_PROCESS}
 
 
-def program(processor: str, *, network: bool) -> str:
+def program(processor: str, *, network: bool, isolates: bool = False) -> str:
     """Return the filter as an array of struct sock_filter in hexadecimal, for ``steps.Filter``.
 
     Args:
         processor: As uname(2) has it.
         network: Leave QEMU the making of sockets: it stays in the host's network, as the caller has asked.
+        isolates: Leave what a tool needs to enclose itself further, which QEMU does not.
 
     Raises:
         PlanError: the numbers of that processor's calls are not known here.
@@ -123,6 +126,8 @@ def program(processor: str, *, network: bool) -> str:
         )
     column, arch = _ARCHES[processor]
     names = {**_SPAWN, **_NEVER} if network else {**_NETWORK, **_SPAWN, **_NEVER}
+    if isolates:
+        names = {name: numbers for name, numbers in names.items() if name not in _ISOLATING}
     code: list[_Instruction] = [(_LOAD, 0, 0, _ARCH), (_JUMP_IF_EQUAL, 0, "kill", arch), (_LOAD, 0, 0, _NUMBER)]
     if processor == "x86_64":
         code.append((_JUMP_IF_AT_LEAST, "deny", 0, _X32))

@@ -270,13 +270,14 @@ ALL: tuple[type[Record], ...] = (
 
 
 class Plan(Record):
-    """What the jail is to do, in order, for one domain."""
+    """What the jail is to do, in order, for one domain's QEMU, or for a tool beside it."""
 
     domain: str
     domid: int
     restricted: bool  # False: dm_restrict=0, said aloud everywhere
     shared: bool  # the configuration names the shared user: other domains may have its uid, so nothing is reaped
     keep_net: bool = False  # QEMU stays in the host's network namespace: asked for, said aloud everywhere
+    tool: str = ""  # "passt": no QEMU but what runs beside one; it encloses itself further
     steps: tuple[Step, ...]
     after: tuple[Step, ...] = ()  # done on the toolstack's word, once QEMU has opened all it needs
 

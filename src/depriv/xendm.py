@@ -9,7 +9,6 @@ import sys
 
 from depriv import detect, foreground, xenstore
 from depriv.cgroup import folder_name
-from depriv.dm import listener
 from depriv.ending import finish
 from depriv.errors import ConfigError, PlanError
 from depriv.host import CACHE_DIR, STATE_DIR
@@ -17,6 +16,7 @@ from depriv.identity import RANGE_BASE
 from depriv.qemu.draft import Allowed
 from depriv.registry import Registry
 from depriv.spawn import Jail
+from depriv.xenprobe import listener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -177,6 +177,14 @@ class _Wish(foreground.Wish):
         with xenstore.Xenstore() as store:
             for path in (f"/local/domain/0/backend/vkbd/{self._domid}", f"{base}/device/vkbd", _libxl(self._domid)):
                 store.remove(path)
+
+    def loaded(self, running: Running) -> None:
+        """Have QEMU open its images for writing, and lock them, so that the audit sees it: on Xen it does so at cont.
+
+        The guest itself does not run: Xen holds its domain until libxl lets it go.
+        """
+        running.cont()
+        running.monitor.execute("stop", timeout_s=10)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
         """Put our monitor in the place of libxl's socket, and hand over whoever already waits there."""

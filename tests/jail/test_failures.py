@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support import host
+from tests.support.guests import compiled
 from tests.support.launch import TIMEOUT_S, ended, injected, running, taking, wait_for
 
 from depriv import steps
@@ -343,5 +344,26 @@ def test_program_that_ends_at_once_is_no_start(ground: Ground) -> None:
     launch = ground.launch("--only", "memfd")
     with Jail() as jail:
         assert not lives(jail, launch.plan)
+    assert ground.snapshot().cgroups == ()
+    ground.forget(launch)
+
+
+@pytest.mark.parametrize(
+    ("rules", "how"), [((), "exit status 42"), (("execve:signal=SIGKILL:when=1",), "signal 9")], ids=["exit", "signal"]
+)
+def test_end_that_the_jail_itself_sees_is_told_with_its_status_and_leaves_nothing(
+    ground: Ground, strace: str, rules: tuple[str, ...], how: str
+) -> None:
+    """Whether it is over when the jail looks is a race: here it looks late."""
+    ground.program = compiled(ground.folder, "ends", "int main(void) { return 42; }")
+    launch = ground.launch()
+    with (
+        Jail() as jail,
+        injected(strace, jail, "waitid:delay_enter=300000", *rules),
+        pytest.raises(JailError) as caught,
+    ):
+        jail.launch(launch.plan, timeout_s=TIMEOUT_S)
+    assert caught.value.step == steps.describe(launch.plan.steps[-1])
+    assert caught.value.cause == f"the process ended at once, with {how}"
     assert ground.snapshot().cgroups == ()
     ground.forget(launch)

@@ -135,7 +135,7 @@ def test_zombie_whose_threads_live_counts_as_alive_and_is_killed(apart: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "change", ["uid=0", "reaper_uid=0", "reaper_uid=A", "uid=999", "reaper_uid=999", "uid=2**32 - 1"]
+    "change", ["uid=0", "reaper_uid=0", "reaper_uid=A", "uid=999", "reaper_uid=-1", "uid=2**32 - 1"]
 )
 def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) -> None:
     """Whatever check() let through: it looks at its own uids right before it kills."""
@@ -146,6 +146,16 @@ def test_dangerous_uid_is_refused_by_the_reaper_itself(apart: Any, change: str) 
     """)
     assert said[0] in (1, 22)
     assert said[1] == [0] * 4
+
+
+def test_reaper_may_be_a_system_user(apart: Any) -> None:
+    """As Xen's documentation makes it: it kills its own processes besides, and nobody else's."""
+    said = apart("""
+        found = [start(uid, wait) for uid in (A, 999, B, 998)]
+        reap(STEP.replace(reaper_uid=999))
+        print(json.dumps([ends(p) for p in found]))
+    """)
+    assert said == [9, 9, 0, 0]
 
 
 @pytest.mark.parametrize("change", ["uid=0", "uid=999", "uid=REAPER", "uid=2**32 - 1"])
@@ -164,7 +174,7 @@ def test_dangerous_uid_is_refused_where_no_killer_can_be_forked(apart: Any, chan
 
 @pytest.mark.parametrize(
     ("uid", "reaper_uid"),
-    [(0, 76003), (76001, 0), (999, 76003), (76001, 999), (76001, 76001), (2**32 - 1, 76003), (65534, 76003)],
+    [(0, 76003), (76001, 0), (999, 76003), (76001, -1), (76001, 76001), (2**32 - 1, 76003), (65534, 76003)],
 )
 def test_dangerous_uid_is_refused_before_the_jail_begins(uid: int, reaper_uid: int) -> None:
     step = Reap(uid=uid, gid=76001, reaper_uid=reaper_uid, lock="/run/lock/reaper")

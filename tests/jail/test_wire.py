@@ -37,6 +37,7 @@ PLAN = Plan(
 )
 GOOD = codec.encode(PLAN)
 BODY = GOOD.partition(b"\n")[2]
+COUNT = BODY.split(b"\0").index(b"Reap") - 1  # where the number of steps stands
 
 
 def framed(body: bytes) -> bytes:
@@ -101,10 +102,10 @@ MALFORMED = {
     "a boolean that is neither": framed(words(BODY, {3: b"2"})),
     "a boolean in words": framed(words(BODY, {3: b"True"})),
     "a network that is neither kept nor left": framed(words(BODY, {5: b"no"})),
-    "more steps than it has": framed(words(BODY, {6: b"2"})),
-    "fewer steps than it has": framed(words(BODY, {6: b"0"})),
-    "a million steps": framed(words(BODY, {6: b"1000000"})),
-    "a negative number of steps": framed(words(BODY, {6: b"-1"})),
+    "more steps than it has": framed(words(BODY, {COUNT: b"2"})),
+    "fewer steps than it has": framed(words(BODY, {COUNT: b"0"})),
+    "a million steps": framed(words(BODY, {COUNT: b"1000000"})),
+    "a negative number of steps": framed(words(BODY, {COUNT: b"-1"})),
     "words after its end": framed(BODY + b"\0more"),
     "bytes after its end": GOOD + b"more",
     "a second plan": GOOD + GOOD,
@@ -113,7 +114,7 @@ MALFORMED = {
     "a relative path": framed(BODY.replace(b"/no/such", b"no/such")),
     "a path with dots": framed(BODY.replace(b"/no/such", b"/no/../such")),
     "no name": framed(words(BODY, {1: b""})),
-    "no steps": framed(b"\0".join([*BODY.split(b"\0")[:6], b"0", b"0"])),
+    "no steps": framed(b"\0".join([*BODY.split(b"\0")[:COUNT], b"0", b"0"])),
     "bytes that are no text": framed(BODY.replace(b"Reap", b"\xff\xfe")),
 }
 

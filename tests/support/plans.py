@@ -80,6 +80,7 @@ ANY_PLAN = st.builds(
     restricted=st.booleans(),
     shared=st.booleans(),
     keep_net=st.booleans(),
+    tool=TEXT,
     steps=st.lists(ANY_STEP, max_size=6).map(tuple),
     after=st.lists(ANY_STEP, max_size=2).map(tuple),
 )

@@ -598,7 +598,6 @@ def test_what_is_no_disk_is_refused(path: str, word: str) -> None:
     [
         ("-snapshot", "-snapshot: it is refused"),
         ("-drive file=a.raw,format=raw,snapshot=on", "it is refused"),
-        ("-iscsi id=x", "it is refused"),
         ("-drive file=a.raw,format=raw,driver=raw", "are the same"),
         ("-drive file=/dev/fdset/1010,format=raw", "no set of yours"),
         ("-drive file=/dev/fdset/x,format=raw", "no set of yours"),

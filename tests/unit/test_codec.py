@@ -30,6 +30,7 @@ PLAN = Plan(
     after=(SetHostname(name=""),),
 )
 WORDS = body(PLAN).split(b"\0")
+FIRST = WORDS.index(b"Unshare")  # the first step; before it stands their number, and before that the plan's own fields
 
 
 def with_words(change: dict[int, bytes]) -> bytes:
@@ -114,16 +115,16 @@ def test_text_with_nul_cannot_be_sent() -> None:
         ({4: b""}, "shared"),
         ({5: b"yes"}, "keep_net"),
         ({5: b""}, "keep_net"),
-        ({6: b"99999999"}, "steps"),
-        ({6: b"-1"}, "steps"),
-        ({7: b"unshare"}, "unknown step"),
-        ({7: b"Plan"}, "unknown step"),
-        ({7: b"__class__"}, "unknown step"),
-        ({8: b"3"}, "."),
-        ({8: b"-1"}, "Unshare.namespaces"),
-        ({8: b"x"}, "Unshare.namespaces"),
-        ({13: b"unlimited"}, "SetLimit.value"),
-        ({13: b"1.0"}, "SetLimit.value"),
+        ({FIRST - 1: b"99999999"}, "steps"),
+        ({FIRST - 1: b"-1"}, "steps"),
+        ({FIRST: b"unshare"}, "unknown step"),
+        ({FIRST: b"Plan"}, "unknown step"),
+        ({FIRST: b"__class__"}, "unknown step"),
+        ({FIRST + 1: b"3"}, "."),
+        ({FIRST + 1: b"-1"}, "Unshare.namespaces"),
+        ({FIRST + 1: b"x"}, "Unshare.namespaces"),
+        ({FIRST + 6: b"unlimited"}, "SetLimit.value"),
+        ({FIRST + 6: b"1.0"}, "SetLimit.value"),
     ],
 )
 def test_wrong_word_is_refused_and_named(change: dict[int, bytes], reason: str) -> None:
@@ -133,14 +134,14 @@ def test_wrong_word_is_refused_and_named(change: dict[int, bytes], reason: str) 
 
 
 def test_table_above_changes_the_words_that_it_means() -> None:
-    assert WORDS[7:10] == [b"Unshare", b"2", b"mnt"]
-    assert WORDS[11:14] == [b"SetLimit", b"AS", b"-1"]
-    assert codec.decode(with_words({13: b"5"})).steps[1] == SetLimit(name="AS", value=5)
+    assert WORDS[FIRST : FIRST + 3] == [b"Unshare", b"2", b"mnt"]
+    assert WORDS[FIRST + 4 : FIRST + 7] == [b"SetLimit", b"AS", b"-1"]
+    assert codec.decode(with_words({FIRST + 6: b"5"})).steps[1] == SetLimit(name="AS", value=5)
 
 
 def test_message_of_a_refusal_is_short_however_long_the_word_is() -> None:
     with pytest.raises(ValueError, match="unknown step") as caught:
-        codec.decode(with_words({7: b"x" * 100_000}))
+        codec.decode(with_words({FIRST: b"x" * 100_000}))
     assert len(str(caught.value)) < 200
 
 

@@ -269,16 +269,7 @@ def _refuse_snapshots(draft: Draft, word: Word) -> None:
     _refuse_snapshot(word)
 
 
-def _refuse_iscsi(draft: Draft, word: Word) -> None:
-    draft.refuse(
-        word,
-        "it is for disks that QEMU reaches over the network, and it has none",
-        fix="iscsiadm --mode node --targetname IQN --login, and name the block device that appears",
-    )
-
-
 HANDLERS: dict[str, Callable[[Draft, Word], None]] = {
     **dict.fromkeys(("drive", "blockdev", *_SHORT), _collect),
     "snapshot": _refuse_snapshots,
-    "iscsi": _refuse_iscsi,
 }

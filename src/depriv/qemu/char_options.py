@@ -9,6 +9,7 @@ what QEMU accepts together with ``fd=`` and ``/dev/fdset`` is held by tests/qemu
 from __future__ import annotations
 
 from depriv.openings import WriteFile
+from depriv.qemu.properties import is_own_set
 from depriv.qemu.socket_words import connect_tcp, connect_unix, listen_tcp, no_abstract, port_number, split_address
 from depriv.qemu.words import Item, error, is_on, join_list, parse_list, values, with_items
 
@@ -84,6 +85,8 @@ def file_to_write(draft: Draft, word: Word, path: str, *, role: str, append: boo
     Raises:
         ConfigError: there is something of that name, but no regular file.
     """
+    if is_own_set(path):
+        return path
     path = draft.path(word, path)
     kind = draft.look(path).kind
     if kind not in ("missing", "file"):
@@ -252,6 +255,8 @@ def redirect(draft: Draft, word: Word, label: str) -> None:
     draft.emit(f"-{word.name}", f"chardev:{label}")
     if word.value.startswith("mon:") and word.name in ("serial", "parallel", "debugcon"):
         draft.emit("-mon", f"chardev={label},mode=readline")
+        if word.name != "debugcon":
+            draft.seen.add("mon")  # it is the default monitor's substitute: qemu_init, softmmu/vl.c
 
 
 def _serial_option(draft: Draft, word: Word) -> None:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 PRIVATE = "/private"
 FIRST_FD = 10  # below: the standard streams and our own monitors
 LAST_FD = 99  # see check.py
+_OWN_ROLES = ("stdin", "stdout", "stderr", "qmp", "events", "log")  # what every QEMU has of ours
 SET_BASE = 1000  # /dev/fdset/1010 holds descriptor 10: the sets below are the caller's own
 
 
 class Allowed(Record):
     """What the caller has allowed beyond the strict defaults, and what this host has for it."""
 
-    probe_format: bool = False  # ask qemu-img, in a jail of its own, for formats that are not given
+    probe_format: bool = False  # take for formats that are not given what QEMU would guess
     keep_net: bool = False  # QEMU stays in the host's network namespace
     passt: str = ""  # path of passt; "": not installed
     xen: bool = False  # libxl's command line: -xen-domid and what goes with it
@@ -86,6 +87,7 @@ class Request(Record):
     daemonize: bool = False
     pidfile: str = ""
     incoming_role: str = ""  # which of the openings a saved state is read from; "": none
+    waits: bool = False  # -incoming defer: the caller says later where its state is read from
     no_guest: bool = False  # -version, -help, -device help: QEMU prints and ends
     unknown_formats: tuple[DiskFile, ...] = ()  # to be probed, then translated anew
     domid: int = 0  # -xen-domid; 0: none
@@ -112,7 +114,7 @@ class Draft:
         self.notes: list[Note] = []
         self.facts: dict[str, Any] = {}  # name, machine, ... : fields of the request, set by handlers
         self.seen: set[str] = set()  # names of all options
-        self.roles: set[str] = set()
+        self.roles: set[str] = set(_OWN_ROLES)
         self.blocks: list[Word] = []  # -drive, -blockdev and their like: understood together, by block_options.finish
         self._next = FIRST_FD
 

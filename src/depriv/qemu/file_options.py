@@ -156,6 +156,7 @@ def _incoming(draft: Draft, word: Word) -> None:
     """QEMU reads a saved state from a descriptor: a pipe, a socket, or (until QEMU 10) a regular file."""
     kind, _, rest = word.value.partition(":")
     if word.value == "defer":
+        draft.facts["waits"] = True
         draft.emit("-incoming", "defer", dry=())
         return
     path = _state_file(draft, word, kind, rest)

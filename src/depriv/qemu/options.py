@@ -121,11 +121,7 @@ _DISKS = {
         "QEMU would make its temporary images by itself, in a folder that it does not have",
         "qemu-img create -f qcow2 -b FILE -F FORMAT overlay.qcow2, and give the overlay as the disk",
     ),
-    "iscsi": _value(
-        REFUSED,
-        "QEMU has no network",
-        "log in with iscsiadm and give the block device, or put qemu-nbd in front and name its socket",
-    ),
+    "iscsi": _value(TAKEN_OVER, "it is about disks that QEMU reaches by iSCSI, and each of those is refused"),
 }
 
 _DEVICES = {

@@ -70,6 +70,7 @@ HANDLERS = {
     "async-teardown": _taken_over,
     "enable-fips": _taken_over,
     "D": _taken_over,
+    "iscsi": _taken_over,
     "run-with": _run_with,
     "d": _log,
     "loadvm": _not_dry,

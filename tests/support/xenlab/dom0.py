@@ -251,9 +251,14 @@ class Dom0:
 
 def resume(suite: str, *, outlive: bool = False) -> machine.Machine:
     """Return a warm host; image and state are made if they are not there."""
-    made = image.ensure(suite)
-    state = machine.warm(made, lambda host: await_answer(host.port, machine.BOOT_S, console=host.console))
+    made, state = prepare(suite)
     return machine.Machine(made, state.disk, state=state.state, outlive=outlive)
+
+
+def prepare(suite: str) -> tuple[image.Image, machine.Warm]:
+    """Return image and saved state of a suite, made now if they are not there."""
+    made = image.ensure(suite)
+    return made, machine.warm(made, lambda host: await_answer(host.port, machine.BOOT_S, console=host.console))
 
 
 def await_answer(port: int, within_s: float, *, console: Any = str) -> None:

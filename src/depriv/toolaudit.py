@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is what runs beside a QEMU confined, as the kernel sees it? All is read from /proc; it is not asked anything."""
+
+from __future__ import annotations
+
+import os
+
+from depriv import proc
+from depriv.report import Check, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from depriv.entry import Tool
+
+# All but the network's: that is what it is for. In a user namespace of its own making it has no id and no capability.
+_NAMESPACES = ("cgroup", "ipc", "mnt", "pid", "user", "uts")
+_CAPS = ("CapInh", "CapPrm", "CapEff", "CapAmb")  # not CapBnd: every new user namespace begins with a full one
+_FILTERS = 2  # ours, and its own, which comes last of all it does before it serves its guest
+
+
+def checks(tools: tuple[Tool, ...]) -> Iterable[Check]:
+    """Yield whether each of a domain's tools lives and is confined."""
+    own = {tool.pid for tool in tools}
+    for place, tool in enumerate(tools):
+        name = f"{tool.name}{place or ''}"
+        try:
+            yield from tuple(_judge(tool, name, own))
+        except ProcessLookupError:
+            yield _check(f"{name}.alive", "running", "dead")
+
+
+def serves(tool: Tool) -> bool:
+    """Tell whether it has come so far as to serve its guest: it has loaded its own filter."""
+    try:
+        filters = proc.read_status(tool.pid).get("Seccomp_filters", "0")
+    except ProcessLookupError:
+        return False
+    return filters.isdecimal() and int(filters) >= _FILTERS
+
+
+def _judge(tool: Tool, name: str, own: set[int]) -> Iterable[Check]:
+    status = proc.read_status(tool.pid)
+    spaces, hosts = proc.namespaces(tool.pid), proc.namespaces(os.getpid())
+    mounts = proc.mounts(tool.pid)
+    others = [found.pid for found in proc.processes_of(uid=tool.uid) if found.pid not in own]
+    state = proc.alive(tool.pid, tool.starttime)
+    if state == "dead":  # what was read may be a successor's
+        raise ProcessLookupError
+    yield _check(f"{name}.alive", "running", state)
+    for field, want in (("Uid", tool.uid), ("Gid", tool.gid)):
+        yield _check(f"{name}.ids.{field.lower()}", str(want), " ".join(sorted(set(status[field].split()))))
+    yield _check(f"{name}.ids.groups", "none", status["Groups"].strip() or "none")
+    caps = " ".join(f"{field[3:]} {int(status[field], 16):x}" for field in _CAPS if int(status[field], 16))
+    yield _check(f"{name}.caps", "none", caps or "none")
+    yield _check(f"{name}.no_new_privs", "1", status["NoNewPrivs"])
+    mode, filters = status["Seccomp"], status.get("Seccomp_filters", "0")
+    holds = mode == "2" and serves(tool)
+    yield _check(f"{name}.seccomp", "mode 2, its own filter too", f"mode {mode} with {filters} filters", holds=holds)
+    shared = [space for space in _NAMESPACES if spaces.get(space) == hosts.get(space)]
+    yield _check(f"{name}.namespaces", "its own", f"the host's: {' '.join(shared)}" if shared else "its own")
+    seen = [f"{mount.point} ({mount.fstype})" for mount in mounts]
+    empty = len(mounts) == 1 and mounts[0].fstype == "tmpfs" and "ro" in mounts[0].options
+    yield _check(f"{name}.root", "empty", "empty" if empty else " ".join(seen[:5]), holds=empty)
+    yield _check(f"{name}.alone", "alone", f"{len(others)} others" if others else "alone")
+
+
+def _check(check: str, want: str, have: str, *, holds: bool | None = None) -> Check:
+    return Check(id=check, want=want, have=printable(have), holds=have == want if holds is None else holds)
