@@ -121,15 +121,10 @@ def identity_of(host: Host, device_model_user: str) -> Identity:
     return found
 
 
-def refuse_program(host: Host, *, named: str) -> None:
-    """Refuse a host without a QEMU that can be executed; ``named`` is the path that was asked for, or ""."""
+def refuse_program(host: Host, *, fix: str) -> None:
+    """Refuse a host without a QEMU that can be executed."""
     if host.program.problem:
-        raise PlanError(
-            f"cannot run QEMU: {host.program.problem}",
-            fix="name a QEMU system emulator" + (" in device_model_override" if named else "")
-            if named
-            else "apt-get install --no-install-recommends qemu-system-x86",
-        )
+        raise PlanError(f"cannot run QEMU: {host.program.problem}", fix=fix)
 
 
 def refuse_no_cgroup(host: Host) -> None:

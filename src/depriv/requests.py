@@ -63,7 +63,7 @@ def plan_run_discovery(run: Run, host: Host) -> Launch:
 
 def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
     request = run.request
-    refuse_program(host, named=host.program.path)
+    refuse_program(host, fix="name a QEMU system emulator that is installed")
     refuse_no_cgroup(host)
     _refuse_memory(run, host)
     accel = "xen" if request.domid else choose_accel(request.accel, host)

@@ -30,6 +30,10 @@ _KNOWN = {
     "guest-panicked": "crashed",
     "internal-error": "crashed",
     "io-error": "paused",
+    "watchdog": "paused",
+    "debug": "paused",
+    "suspended": "running",  # to RAM, by the guest: its clock can wake it
+    **dict.fromkeys(("inmigrate", "finish-migrate", "postmigrate", "save-vm", "restore-vm", "colo"), "paused"),
 }
 
 

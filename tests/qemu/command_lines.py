@@ -649,7 +649,7 @@ LINES = (
         "usb-and-sd",
         "QEMU, docs/system/devices/usb.rst: sticks, hubs, cards",
         """-M pc -m 64 -display none -nic none -usb -drive if=none,id=usbstick,format=raw,file=$D/disk.raw -device usb-ehci,id=ehci
-        -device usb-storage,bus=ehci.0,drive=usbstick -device usb-hub,bus=ehci.0 -device usb-audio,audiodev=a -audiodev none,id=a
+        -device usb-storage,bus=ehci.0,drive=usbstick -device usb-hub,bus=usb-bus.0 -device usb-audio,audiodev=a -audiodev none,id=a
         -device sdhci-pci -drive if=none,id=card,format=raw,file=$D/data.raw -device sd-card,drive=card -monitor unix:$D/mon,server=on,wait=off""",
         "hmp mon",
     ),

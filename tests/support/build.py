@@ -52,6 +52,11 @@ def bombs(cache: Path) -> Path:
     return _compiled(BOMBS, cache, ())
 
 
+def compiled(name: str, cache: Path, arguments: tuple[str, ...] = ()) -> Path:
+    """Return a program made of one of the sources beside this file."""
+    return _compiled(Path(__file__).parent / name, cache, arguments)
+
+
 def _compiled(source: Path, cache: Path, arguments: tuple[str, ...]) -> Path:
     if shutil.which("gcc") is None:
         raise RuntimeError("the attacker needs gcc and libc6-dev: without it nothing is proved")
