@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from depriv import proc, xenaudit
+from depriv import proc
 from depriv.errors import HostError
 from depriv.records import Record
 from depriv.report import AuditReport, Check, printable
@@ -263,8 +263,11 @@ def _judge(pid: int, facts: _Facts, expected: Expected | None, around: Survey) -
         yield _environ(facts, expected)
         if restricted:
             yield _cgroup(facts, expected)
-    if expected.xen_domid if expected is not None else xenaudit.has_any(facts.fds):
-        yield from xenaudit.checks(pid, facts.fds)
+    if expected.xen_domid if expected is not None else os.path.isdir("/dev/xen"):
+        from depriv import xenaudit  # noqa: PLC0415 (on Xen only: it needs ctypes)
+
+        if expected is not None or xenaudit.has_any(facts.fds):
+            yield from xenaudit.checks(pid, facts.fds)
     yield _alone(pid, facts, expected, around)
 
 

@@ -50,7 +50,7 @@ def qemu_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--name", metavar="NAME", default="", help="the domain's name; default: that of -name")
     made.add_argument("--user", metavar="USER", default="", help="run QEMU as this user instead of one of the range")
     made.add_argument("--keep-net", action="store_true", help="leave QEMU in the host's network (said aloud)")
-    made.add_argument("--probe-format", action="store_true", help="have qemu-img, jailed, find formats not given")
+    made.add_argument("--probe-format", action="store_true", help="guess formats that are not given, as QEMU would")
 
 
 def shim_options(made: argparse.ArgumentParser) -> None:

@@ -217,7 +217,9 @@ def _has_domain(pid: int) -> bool:
         paths = [path.split("/") for path in proc.cgroups(pid).values()]
     except (ProcessLookupError, PermissionError):
         return False
-    return any(len(path) > 1 and path[-2].startswith(f"{cgroup.PREFIX}-") and path[-1].isdecimal() for path in paths)
+    # A tool's cgroup is in its domain's.
+    pairs = [pair for path in paths for pair in zip(path, path[1:], strict=False)]
+    return any(folder.startswith(f"{cgroup.PREFIX}-") and name.isdecimal() for folder, name in pairs)
 
 
 def clear(due: Due, registry: Registry, said: str = "") -> Done:

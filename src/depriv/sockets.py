@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from depriv.report import Grant
 
+_MONITORS: Final = ("qmp", "events")  # our own: nobody but us connects to them
 _LISTENING: Final = "0A"  # TCP_LISTEN, include/net/tcp_states.h
 
 
@@ -34,17 +35,21 @@ def accepted_sockets(pid: int, strange: tuple[proc.OpenFd, ...], grants: tuple[G
     if not wanted or not listeners:
         return frozenset()
     own, host = proc.unix_sockets(pid), proc.unix_sockets(None)
-    names = {table[ino].path for table in (own, host) for ino in listeners if ino in table and table[ino].listening}
-    found = {
-        ino
-        for table in (own, host)
-        for ino in wanted
-        if ino in table and table[ino].path in names and not table[ino].listening
-    }
+    outside = {grant.ino for grant in grants if grant.kind == "socket" and grant.role not in _MONITORS}
+    found = _from(own, own, listeners, wanted)
+    found |= _from(host, own, outside, wanted) | _from(host, host, outside, wanted)
     tcp = proc.tcp_sockets() if wanted - found else {}
     ports = {tcp[ino].port for ino in listeners if ino in tcp and tcp[ino].state == _LISTENING}
     found |= {ino for ino in wanted if ino in tcp and tcp[ino].port in ports and tcp[ino].state != _LISTENING}
     return frozenset(found)
+
+
+def _from(
+    table: dict[int, proc.UnixSocket], heard: dict[int, proc.UnixSocket], listeners: set[int], wanted: set[int]
+) -> set[int]:
+    """Return those in ``table`` that have the name of one of ``listeners``, which are in ``heard``."""
+    names = {heard[ino].path for ino in listeners if ino in heard and heard[ino].listening}
+    return {ino for ino in wanted if ino in table and table[ino].path in names and not table[ino].listening}
 
 
 def closed_meanwhile(pid: int, inodes: set[int]) -> set[int]:

@@ -162,6 +162,21 @@ def test_a_connection_to_a_granted_listener_holds_in_the_process_own_network(
     assert failing(report) == ({"fds.unknown"} if own_net else {"ns.net"}), report.to_text()
 
 
+def test_memory_with_a_descriptor_is_no_finding(actor: Path) -> None:
+    """QEMU 10 keeps the screen in one; nobody finds it by a name. A file of that name would be a finding."""
+    assert failing(audited(actor, Recipe(acts=("memfd",)))) == set()
+
+
+def test_a_connection_to_a_socket_that_the_user_has_named_may_come_from_the_host(actor: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "monitor"))
+        listener.listen()
+        client.connect(str(tmp_path / "monitor"))
+        recipe = Recipe(fds=(listener.fileno(),), acts=("accept", str(listener.fileno())))
+        report = audited(actor, recipe, grant(listener.fileno(), "rw", kind="socket", role="monitor"))
+    assert failing(report) == set(), report.to_text()
+
+
 def test_an_open_file_description_lock_holds(actor: Path, image: int) -> None:
     recipe = Recipe(fds=(image,), acts=("ofd-lock", str(image)))
     report = audited(actor, recipe, grant(image, "rw", locked=True))
@@ -201,7 +216,6 @@ def test_an_open_file_description_lock_holds(actor: Path, image: int) -> None:
         (Recipe(environ=("PATH=/usr/bin", "TOKEN=x")), {"environ"}),
         (Recipe(environ=("PATH=/bin",)), {"environ"}),
         (Recipe(acts=("inotify",)), {"fds.unknown"}),
-        (Recipe(acts=("memfd",)), {"fds.unknown"}),
         (Recipe(acts=("socket",)), {"fds.unknown"}),
         (Recipe(acts=("directory",)), {"fds.unknown"}),
         (Recipe(acts=("path",)), {"fds.unknown"}),

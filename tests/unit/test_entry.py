@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.support.entries import EXPECTED, entry
 
-from depriv.entry import STATES, Entry, decode, encode
+from depriv.entry import STATES, Entry, Tool, decode, encode
 from depriv.errors import HostError
 
 FULL = entry(
@@ -19,6 +19,8 @@ FULL = entry(
     jail_starttime=8,
     restarts=3,
     trouble="why",
+    left=(("/srv/vnc.sock", 1, 2),),
+    tools=(Tool(name="passt", role="net0", pid=5, starttime=6, uid=98289, gid=98289),),
 )
 
 
@@ -60,13 +62,21 @@ def test_value_of_another_type_is_refused_in_every_field(name: str, value: objec
     kind = Entry.fields[name]
     possible = (
         (kind in good and isinstance(value, good[kind]) and name != "state")
-        or (name == "images" and value in ([], {}))
+        or (name in {"images", "left", "tools"} and value in ([], {}))
         or (name == "expected" and value is None)
     )
     if possible:
         assert decode({**data(), name: value}).domid == FULL.domid
     else:
         check_refused({**data(), name: value})
+
+
+@pytest.mark.parametrize("value", [None, [1], {"x": 1}, 1.5])
+@pytest.mark.parametrize("name", ["name", "role", "pid", "starttime", "uid", "gid"])
+def test_value_of_another_type_is_refused_in_a_tool(name: str, value: object) -> None:
+    changed = data()
+    changed["tools"][0][name] = value
+    check_refused(changed)
 
 
 def test_truth_is_no_number_and_a_number_no_truth() -> None:
