@@ -294,7 +294,7 @@ def destroy(arguments: argparse.Namespace) -> int:
         if guest.is_xen:
             from depriv import cli_xen
 
-            cli_xen.destroy(guest)
+            return cli_xen.destroy(guest, jail)
         guest.destroy(jail)
     return 0
 

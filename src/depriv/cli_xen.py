@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from depriv import xenstore, xl
-from depriv.errors import ConfigError, PlanError
+from depriv.errors import ConfigError, NotFoundError, PlanError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from depriv.config import Domain
     from depriv.entry import Entry
     from depriv.report import AuditReport
+    from depriv.spawn import Jail
 
 
 def create(arguments: argparse.Namespace, config: Domain, host: Toolstack) -> int:
@@ -57,9 +60,12 @@ def console(guest: Guest, *, dump: bool) -> int:
     return 0
 
 
-def destroy(guest: Guest) -> None:
-    """End the Xen domain itself."""
+def destroy(guest: Guest, jail: Jail) -> int:
+    """End the Xen domain itself, and see that nothing is left of its device model, which may do so itself."""
     xl.destroy(guest.entry)
+    with contextlib.suppress(NotFoundError):
+        guest.destroy(jail)
+    return 0
 
 
 def _xen(guest: Guest, does: str) -> Entry:

@@ -27,7 +27,9 @@ def checks(tools: tuple[Tool, ...]) -> Iterable[Check]:
         name = f"{tool.name}{place or ''}"
         try:
             yield from tuple(_judge(tool, name, own))
-        except ProcessLookupError:
+        except OSError:  # not ESRCH alone: what has ended and is not yet waited for has no mounts, EINVAL
+            if proc.alive(tool.pid, tool.starttime) != "dead":
+                raise
             yield _check(f"{name}.alive", "running", "dead")
 
 

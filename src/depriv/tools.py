@@ -32,12 +32,12 @@ _TIMEOUT_S: Final = 20.0
 _RESOLV: Final = "/etc/resolv.conf"
 # What passt says, and what to do about it.
 _FIXES: Final = (
+    ("failed to bind", "see who has the port: ss -ltnup; below 1024: sysctl net.ipv4.ip_unprivileged_port_start"),
     (
-        "interface",
+        "external interface not usable",
         "passt takes its addresses from the host's default route, and there is none: add one (ip route), or use a tap "
         "(-netdev tap), or -nic none",
     ),
-    ("bind", "see who has the port: ss -ltnup; one below 1024 takes: sysctl net.ipv4.ip_unprivileged_port_start"),
 )
 
 

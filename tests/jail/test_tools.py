@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.host import living, need
-from tests.support.launch import TIMEOUT_S, Ground, accounts, wait_for
+from tests.support.launch import Ground, accounts, wait_for
 from tests.support.network import own_network
 
 from depriv import check as checking
-from depriv import collect, detect, proc, steps, toolaudit
+from depriv import proc, steps, toolaudit
+from depriv.accounts import accounts_for
 from depriv.cgroup import members
 from depriv.errors import HostError, PlanError
 from depriv.ending import finish
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from depriv.entry import Entry, Tool
+    from depriv.entry import Tool
     from depriv.records import Record
 
 IDENTITY = Identity(uid=98283, gid=98283, reaper_uid=65537, how="range")
@@ -183,164 +184,167 @@ def test_domid_whose_uid_a_tool_may_have_is_not_given_out(tmp_path: Path) -> Non
     registry.prepare()
     middle = tool_domid(16376)
     assert middle == 16376
-    for used, asked, given in ((16370, 16370, 16371), (16380, 16371, 16373), (16375, 16375, 16378)):
+    for used, last in ((16370, 16381), (16380, 16371), (16377, 16374)):
         (tmp_path / "state" / "domains" / str(used)).mkdir()
-        registry._write_history({asked: 0.0})
-        assert registry.next_domid() not in {tool_domid(domid) for domid in registry.domids()} | {middle}
-    del given
+        registry._write_history({last: 0.0})
+        given = registry.next_domid()
+        assert given > last
+        assert given not in {*registry.domids(), *map(tool_domid, registry.domids()), middle}
 
 
 # The real passt
 
 
+class Beside:
+    """A domain whose QEMU would have started, on a host with users, and the tools that a test starts beside it."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.registry = ground.registry
+        self.tools = Tools(ground.registry, str(ground.folder / "cache"))
+        self.entry = ground.entry(ground.launch())
+        self.sockets: list[socket.socket] = []
+
+    def start(self, *words: str) -> Tool:
+        """Start one passt; the socket to it is the last of ``sockets``."""
+        ours, its = socket.socketpair()
+        self.sockets.append(ours)
+        opening = StartPasst(role=f"net{len(self.entry.tools)}", number=10, words=(*WORDS, *words))
+        with its:
+            self.entry = self.tools.start_passt(opening, its.fileno(), self.entry)
+        self.registry.save(self.entry)
+        return self.entry.tools[-1]
+
+    def release(self) -> None:
+        """Do what a start does at its end."""
+        self.tools.release()
+        self.tools.__exit__()
+
+    def wrong(self) -> list[str]:
+        """Return the checks that do not hold."""
+        return [check.id for check in toolaudit.checks(self.entry.tools) if not check.holds]
+
+    def end(self) -> None:
+        """End the domain as ``destroy`` does."""
+        with Jail() as jail:
+            finish(self.registry.find(str(self.entry.domid)), self.registry, jail)
+
+    def close(self) -> None:
+        """Clear away what the test has left."""
+        self.tools.__exit__()
+        for held in self.sockets:
+            held.close()
+        if self.registry.read(self.entry.domid) is not None:
+            self.end()
+
+
 @pytest.fixture
-def beside(ground: Ground) -> Iterator[tuple[Ground, Entry]]:
-    """Return an entry of a domain whose QEMU would have started, on a host with users, in a network of the test's."""
+def beside(ground: Ground) -> Iterator[Beside]:
+    """Return a domain in a network of the test's own; afterwards nothing of it is left."""
     need(shutil.which("passt") is not None, what="passt")
-    made = RANGE_BASE not in {user.name for user in detect.accounts_for(device_model_user="", domid=1).users}
+    made = not _base()
     if made:
         run_setup()
-    entry = ground.entry(ground.launch())
+    domain = Beside(ground)
+    uid = _base() + tool_domid(domain.entry.domid)
     with own_network():
-        yield ground, entry
-    assert living(range(_uid(entry), _uid(entry) + 1)) == ()
+        yield domain
+        domain.close()
+    assert living(range(uid, uid + 1)) == ()
     if made:
         remove_setup()
 
 
-def _uid(entry: Entry) -> int:
-    users = detect.accounts_for(device_model_user="", domid=1).users
-    return next(user.uid for user in users if user.name == RANGE_BASE) + tool_domid(entry.domid)
+def _base() -> int:
+    users = accounts_for(device_model_user="", domid=1).users
+    return next((user.uid for user in users if user.name == RANGE_BASE), 0)
 
 
-def _start(tools: Tools, entry: Entry, *words: str, place: str = "net0") -> tuple[socket.socket, Entry]:
-    """Start one; return QEMU's end of its socket, and the entry."""
-    ours, its = socket.socketpair()
-    with its:
-        return ours, tools.start_passt(StartPasst(role=place, number=10, words=(*WORDS, *words)), its.fileno(), entry)
-
-
-def _wrong(tools: tuple[Tool, ...]) -> list[str]:
-    return [check.id for check in toolaudit.checks(tools) if not check.holds]
-
-
-def test_real_passt_is_confined_and_ends_with_its_socket(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, entry = _start(tools, entry)
-        tools.release()
-    (tool,) = entry.tools
-    assert _wrong(entry.tools) == []
-    assert {tool.uid, tool.gid} == {_uid(entry)} != {entry.uid}
-    assert members(f"{entry.cgroup}/passt0") == (tool.pid,)
+def test_real_passt_is_confined_and_ends_with_its_socket(beside: Beside) -> None:
+    tool = beside.start()
+    beside.release()
+    assert beside.wrong() == []
+    assert tool.uid == tool.gid == _base() + tool_domid(beside.entry.domid) != beside.entry.uid
+    assert members(f"{beside.entry.cgroup}/passt0") == (tool.pid,)
     # What the kernel shows beside: nothing of the host's but its network, and no file but the log's FIFO.
     assert os.listdir(f"/proc/{tool.pid}/root") == []
     assert proc.namespaces(tool.pid)["net"] == proc.namespaces(os.getpid())["net"]
     kinds = {stat.S_IFMT(fd.mode) for fd in proc.fds(tool.pid) if not fd.target.startswith("anon_inode:")}
     assert kinds <= {stat.S_IFSOCK, stat.S_IFIFO, stat.S_IFCHR}
     assert proc.limits(tool.pid)["FSIZE"] == (0, 0)
-    ours.close()
+    beside.sockets[-1].close()
     assert wait_for(lambda: proc.alive(tool.pid, tool.starttime) == "dead")
-    assert _wrong(entry.tools) == ["passt.alive"]
+    assert beside.wrong() == ["passt.alive"]
 
 
-def test_two_passts_of_a_domain_live_side_by_side(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        first, entry = _start(tools, entry)
-        second, entry = _start(tools, entry, place="net1")
-        assert _wrong(entry.tools) == []
-        ids = [check.id for check in toolaudit.checks(entry.tools)]
-        assert len(ids) == len(set(ids))
-    first.close()
-    second.close()
+def test_two_passts_of_a_domain_live_side_by_side(beside: Beside) -> None:
+    assert beside.start().uid == beside.start().uid
+    beside.release()
+    assert beside.wrong() == []
+    ids = [check.id for check in toolaudit.checks(beside.entry.tools)]
+    assert len(ids) == len(set(ids))
+    beside.sockets[0].close()
+    assert wait_for(lambda: beside.wrong() == ["passt.alive"])
 
 
-def test_passt_that_is_not_released_ends_with_the_command_that_started_it(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, entry = _start(tools, entry)
-    with ours:
-        assert _wrong(entry.tools) == ["passt.alive"]
-        assert not os.path.exists(f"{entry.cgroup}/passt0")
+def test_passt_that_is_not_released_ends_with_the_command_that_started_it(beside: Beside) -> None:
+    beside.start()
+    beside.tools.__exit__()
+    assert beside.wrong() == ["passt.alive"]
+    assert not os.path.exists(f"{beside.entry.cgroup}/passt0")
 
 
-def test_passt_that_does_not_end_by_itself_is_ended_with_its_domain(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, entry = _start(tools, entry)
-        tools.release()
-    (tool,) = entry.tools
+def test_passt_that_does_not_end_by_itself_is_ended_with_its_domain(beside: Beside) -> None:
+    tool = beside.start()
+    beside.release()
     os.kill(tool.pid, signal.SIGSTOP)
-    ours.close()
+    beside.sockets[-1].close()
     time.sleep(0.2)
     assert proc.alive(tool.pid, tool.starttime) != "dead"
-    ground.registry.save(entry)
-    with Jail() as jail:
-        finish(ground.registry.find(str(entry.domid)), ground.registry, jail)
+    beside.end()
     assert proc.alive(tool.pid, tool.starttime) == "dead"
-    assert not os.path.exists(entry.cgroup)
+    assert not os.path.exists(beside.entry.cgroup)
 
 
-def test_passt_is_ended_even_if_the_entry_does_not_know_of_it(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, with_tool = _start(tools, entry)
-        tools.release()
-    with ours, Jail() as jail:  # its socket stays open: nothing but its cgroup tells of it
-        finish(ground.registry.find(str(entry.domid)), ground.registry, jail)
-        assert _wrong(with_tool.tools) == ["passt.alive"]
+def test_passt_is_ended_even_if_the_entry_does_not_know_of_it(beside: Beside) -> None:
+    tool = beside.start()
+    beside.release()
+    beside.registry.save(beside.entry.replace(tools=()))
+    beside.end()  # its socket is open: nothing but its cgroup tells of it
+    assert proc.alive(tool.pid, tool.starttime) == "dead"
 
 
-def test_passt_of_a_domain_is_no_stray(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, entry = _start(tools, entry)
-        # Its cgroup alone says so, as where the domain's registry is not to be seen.
-        assert collect._has_domain(entry.tools[0].pid) == ("depriv-" in entry.cgroup.rpartition("/")[0].rpartition("/")[2])
-    ours.close()
+def test_passt_on_a_host_with_no_way_out_says_why_and_what_to_do(beside: Beside) -> None:
+    with own_network(route=False), pytest.raises(HostError, match="passt did not start") as caught:
+        beside.start()
+    assert "External interface not usable" in caught.value.cause
+    assert "syslog" not in caught.value.cause
+    assert "default route" in caught.value.fix
 
 
-def test_passt_on_a_host_with_no_way_out_says_why_and_what_to_do(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with own_network(route=False), Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        with pytest.raises(HostError, match="passt did not start") as caught:
-            _start(tools, entry)
-        assert "External interface not usable" in caught.value.cause
-        assert "syslog" not in caught.value.cause
-        assert "default route" in caught.value.fix
-
-
-def test_passt_whose_port_is_taken_says_which(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
+def test_passt_whose_port_is_taken_says_which(beside: Beside) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-            with pytest.raises(HostError, match="passt did not start") as caught:
-                _start(tools, entry, "--tcp-ports", f"127.0.0.1/{port}:22", "--udp-ports", "none")
-            assert str(port) in caught.value.cause
-            assert "ss -ltnup" in caught.value.fix
+        with pytest.raises(HostError, match="passt did not start") as caught:
+            beside.start("--tcp-ports", f"127.0.0.1/{port}:22", "--udp-ports", "none")
+    assert str(port) in caught.value.cause
+    assert "ss -ltnup" in caught.value.fix
 
 
-def test_audit_finds_a_process_that_is_not_confined(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, entry = _start(tools, entry)
-        me = entry.tools[0].replace(pid=os.getpid(), starttime=proc.start_time(os.getpid()))
-        wrong = {name.removeprefix("passt.") for name in _wrong((me,))}
-        assert {"ids.uid", "ids.gid", "caps", "no_new_privs", "seccomp", "namespaces", "root", "alone"} <= wrong
-        stale = entry.tools[0].replace(starttime=1)
-        assert _wrong((stale,)) == ["passt.alive"]
-    ours.close()
+def test_audit_finds_a_process_that_is_not_confined(beside: Beside) -> None:
+    tool = beside.start()
+    me = tool.replace(pid=os.getpid(), starttime=proc.start_time(os.getpid()))
+    wrong = {check.id.removeprefix("passt.") for check in toolaudit.checks((me,)) if not check.holds}
+    assert {"ids.uid", "ids.gid", "caps", "no_new_privs", "seccomp", "namespaces", "root", "alone"} <= wrong
+    stale = tuple(toolaudit.checks((tool.replace(starttime=1),)))
+    assert [(check.id, check.holds) for check in stale] == [("passt.alive", False)]
 
 
-def test_nothing_of_passt_is_started_twice_by_one_log(beside: tuple[Ground, Entry]) -> None:
-    ground, entry = beside
-    with Tools(ground.registry, str(ground.folder / "cache")) as tools:
-        ours, _ = _start(tools, entry)
-        with pytest.raises(HostError, match="passt did not start"):
-            _start(tools, entry)  # as the first again: its FIFO and its cgroup are there
-    ours.close()
-
-
-assert TIMEOUT_S
+def test_nothing_is_left_of_a_passt_that_could_not_be_started(beside: Beside) -> None:
+    beside.start()
+    before = beside.entry
+    beside.entry = before.replace(tools=())  # so that it takes the first one's place: its FIFO is there
+    with pytest.raises(HostError, match="passt did not start"):
+        beside.start()
+    beside.entry = before
+    # The second one's plan has reaped the uid first, as a domain's first passt does.
+    assert beside.wrong() == ["passt.alive"]
