@@ -8,6 +8,7 @@ after a second look, so that one that another command sees to, or that does not 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 
@@ -217,9 +218,12 @@ def _has_domain(pid: int) -> bool:
         paths = [path.split("/") for path in proc.cgroups(pid).values()]
     except (ProcessLookupError, PermissionError):
         return False
-    # A tool's cgroup is in its domain's.
-    pairs = [pair for path in paths for pair in zip(path, path[1:], strict=False)]
-    return any(folder.startswith(f"{cgroup.PREFIX}-") and name.isdecimal() for folder, name in pairs)
+    # Anywhere in the path: a tool's cgroup is in its domain's.
+    return any(
+        folder.startswith(f"{cgroup.PREFIX}-") and name.isdecimal()
+        for path in paths
+        for folder, name in itertools.pairwise(path)
+    )
 
 
 def clear(due: Due, registry: Registry, said: str = "") -> Done:

@@ -34,6 +34,7 @@ _MAGIC = (
     (b"\x7fELF", "elf"),
 )
 _TEXT_BYTES_MAX = 1 << 20
+_OFFSET_MAX = 1 << 62  # of what can be read at all: pread(2) takes 63 bits
 _QCOW2_DATA_FILE = 0x44415441  # docs/interop/qcow2.txt, QEMU 7.2: header extension type
 
 
@@ -294,7 +295,8 @@ def _qcow2(facts: FileFacts, fd: int, head: bytes) -> FileFacts:
     version, at, length, bits, size, crypt = struct.unpack_from(">IQIIQI", head, 4)
     header = struct.unpack_from(">I", head, 100)[0] if version >= 3 else 72
     incompatible = struct.unpack_from(">Q", head, 72)[0] if version >= 3 else 0
-    backing = os.pread(fd, min(length, 1023), at).decode("utf-8", "backslashreplace") if at and length else ""
+    named = length and 0 < at < _OFFSET_MAX
+    backing = os.pread(fd, min(length, 1023), at).decode("utf-8", "backslashreplace") if named else ""
     data_file = bool(incompatible & 4)
     while header + 8 <= len(head):
         kind, extent = struct.unpack_from(">II", head, header)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
+import resource
 import signal
 import stat
 import sys
 import time
+from select import POLLIN, poll
 
 from depriv import detect, launching, lifecycle
 from depriv.audit import KIND_OF_MODE
@@ -25,16 +26,17 @@ from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, P
 from depriv.guestlog import Copy
 from depriv.opener import Opened
 from depriv.planner import refuse_name
-from depriv.qemu.draft import Allowed, Request
+from depriv.qemu.draft import LAST_FD, Allowed, Request
 from depriv.qemu.translate import translate
-from depriv.report import Grant
+from depriv.report import Grant, times_text
 from depriv.requests import SOURCE_BASE, Run, passts, plan_run, plan_run_discovery
 from depriv.spawn import Jail
+from depriv.streams import Input, Terminal
 from depriv.tools import Tools
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from typing import NoReturn
 
     from depriv.assembly import Launch
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 _INCOMING_TIMEOUT_S = 600.0
 _NOBODY = 65534
+_OWN_FDS = 50  # more than we ever have open ourselves
 _PR_SET_NO_NEW_PRIVS = 38  # <linux/prctl.h>
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
@@ -68,7 +71,11 @@ def understand(words: tuple[str, ...], options: Options) -> Request:
     """
     passt = detect.find_tool("passt")
     allowed = Allowed(probe_format=options.probe_format, keep_net=options.keep_net, passt=passt)
-    return understand_with(words, allowed, cwd=os.getcwd())
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:  # it has been removed; only a relative path needs it
+        cwd = ""
+    return understand_with(words, allowed, cwd=cwd)
 
 
 def understand_with(words: tuple[str, ...], allowed: Allowed, *, cwd: str) -> Request:
@@ -107,7 +114,8 @@ class Wish(lifecycle.Wish):
         self._registry = registry
         self._cache_dir = cache_dir
         self.name = options.name or request.name
-        self.opened = Opened(SOURCE_BASE)
+        base = _unused_numbers()
+        self.opened = Opened(base)
         self._prepared = False
         self.restricted = True
         self.loads = bool(request.incoming_role) or request.waits
@@ -115,6 +123,7 @@ class Wish(lifecycle.Wish):
         self.jail: Jail | None = None
         self.entry: Entry | None = None
         self.run = Run(name=self.name, request=request, device_model_user=options.user, keep_net=options.keep_net)
+        self.run = self.run.replace(source_base=base)
         self.facts = {
             "restricted": True,
             "memory_mib": request.memory_mib,
@@ -126,15 +135,13 @@ class Wish(lifecycle.Wish):
     def domid(self) -> int:
         """Return the next free one; the name is chosen with it."""
         domid = self._registry.next_domid()
-        self._choose_name(domid)
+        self.choose_name(domid, {entry.name for entry in self._registry.entries()})
         return domid
 
-    def _choose_name(self, domid: int) -> None:
+    def choose_name(self, domid: int, taken: set[str]) -> None:
         """Find a name: the one that was asked for, or that of -name, made one of a kind if another has it."""
-        if not self._options.name:
-            taken = {entry.name for entry in self._registry.entries()}
-            if not self.name or self.name in taken:
-                self.name = f"{self.name or 'qemu'}-{domid}"
+        if not self._options.name and (not self.name or self.name in taken):
+            self.name = f"{self.name or 'qemu'}-{domid}"
         self.run = self.run.replace(name=self.name)
 
     def refuse_name(self, others: tuple[Holding, ...]) -> None:
@@ -230,6 +237,16 @@ class Wish(lifecycle.Wish):
         """Do what is needed for QEMU to open its images for writing: nothing, it has."""
 
 
+def _unused_numbers() -> int:
+    """Return a number from which on the caller has nothing open, and we may open what is handed to QEMU."""
+    base = max(SOURCE_BASE, max(map(int, os.listdir("/proc/self/fd"))) + _OWN_FDS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = base + LAST_FD + _OWN_FDS
+    if soft < needed <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return base
+
+
 def _without_locks(entry: Entry, registry: Registry) -> Entry:
     """Expect no locks of a QEMU that waits for its state: it takes them when it has that, which we do not see."""
     if entry.expected is None:
@@ -270,6 +287,7 @@ def plan_words(
         if os.geteuid() == 0:
             raise
         holdings, domid = (), 1  # only root sees who else there is
+        wish.choose_name(domid, set())
     return request, wish.plan(wish.look(domid, holdings))
 
 
@@ -323,7 +341,8 @@ def _ask(program: str, request: Request) -> NoReturn:
 
 def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:
     """Start a wish and see it to its end; return QEMU's exit status, as ``run_words`` does."""
-    with _Terminal(wish.request), wish.opened, Jail() as jail:
+    stdio = wish.request.stdio and not wish.request.daemonize
+    with _leaving_on_signals(), Terminal(used=stdio), Input(used=stdio) as given, wish.opened, Jail() as jail:
         started = lifecycle.start(
             wish,
             registry,
@@ -332,17 +351,34 @@ def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, s
             warn=lambda text: say(f"warning: {text}"),
             jail=jail,
         )
+        if os.environ.get("DEPRIV_TIMES"):
+            say(times_text(started.times))
         entry = wish.entry or started.entry
         if wish.jail is None:
             return 0
         with wish.jail, _log(started.launch) as log:
-            status = _until_its_end(wish.jail, started.entry, log)
+            status = _until_its_end(wish.jail, started.entry, log, given)
     _forget(entry, registry)
     return status if status >= 0 else 128 - status
 
 
-def _until_its_end(jail: Jail, entry: Entry, log: Copy | None) -> int:
-    """Wait for QEMU's end, handing on every signal to it."""
+@contextlib.contextmanager
+def _leaving_on_signals() -> Generator[None]:
+    """Undo a start that a signal cuts short; without a handler Python would end at once, and leave it to `gc`."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _until_its_end(jail: Jail, entry: Entry, log: Copy | None, given: Input) -> int:
+    """Wait for QEMU's end, handing on to it every signal, and what there is to read."""
     expected = entry.expected
     if expected is None:
         raise AssertionError("a domain that has started has a process")
@@ -355,10 +391,17 @@ def _until_its_end(jail: Jail, entry: Entry, log: Copy | None) -> int:
     old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     try:
         while True:
-            heard = [jail.fileno(), wake, *([log.fileno()] if log is not None and not log.is_full() else [])]
-            ready, _, _ = select.select(heard, (), ())
+            waited, event = given.waits()
+            heard = poll()  # not select(2): the caller may have more than 1024 descriptors open
+            for fd in (jail.fileno(), wake, *([log.fileno()] if log is not None and not log.is_full() else [])):
+                heard.register(fd, POLLIN)
+            if waited >= 0:
+                heard.register(waited, event)
+            ready = [fd for fd, _ in heard.poll()]
             if log is not None:
                 log.copy()
+            if waited in ready:
+                given.move()
             if jail.fileno() in ready:
                 return jail.end()
             for number in os.read(wake, 64) if wake in ready else b"":
@@ -390,24 +433,3 @@ def _forget(entry: Entry, registry: Registry) -> None:
     """Clear away what is left of a domain that has ended; another command may have been faster."""
     with contextlib.suppress(NotFoundError), registry.locked_domain(entry.domid), Jail() as jail:
         finish(registry.current(entry), registry, jail)
-
-
-class _Terminal:
-    """The caller's terminal, put back as it was: a QEMU that was killed does not do it."""
-
-    def __init__(self, request: Request) -> None:
-        self._saved: list[object] | None = None
-        self._used = request.stdio
-
-    def __enter__(self) -> None:
-        if self._used and os.isatty(0):
-            import termios  # noqa: PLC0415 (only where there is a terminal)
-
-            self._saved = list(termios.tcgetattr(0))
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._saved is not None:
-            import termios  # noqa: PLC0415 (as above)
-
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

@@ -99,6 +99,8 @@ def _is_traced(line: bytes) -> bool:
 
 def start_fix(said: str) -> str:
     """Return what to do about the messages of QEMU that users meet."""
+    if "not a valid device model name" in said:
+        return "this QEMU has no such device: see -device help, or install the package that has it"
     if "invalid option" in said or "not a valid" in said or "There is no option group 'sandbox'" in said:
         return "this QEMU lacks what depriv needs (see the message above): install QEMU 7.2 or later, with seccomp"
     if "-sandbox support is not enabled" in said or "seccomp" in said:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from depriv.openings import Opening
     from depriv.qemu.draft import Request
 
-SOURCE_BASE = 300  # the toolstack holds what QEMU gets as descriptor N as 300 + N
+SOURCE_BASE = 300  # the toolstack holds what QEMU gets as descriptor N as 300 + N, or from a higher number on
 _MIB = 1 << 20
 _OUTPUT_BYTES_MAX = 256 * _MIB  # of a file that QEMU writes its own words or the guest's into
 _UNKNOWN_BYTES_MAX = 2 << 40  # formats that grow, and whose size only QEMU can tell
@@ -42,6 +42,7 @@ class Run(Record):
     request: Request
     device_model_user: str = ""
     keep_net: bool = False
+    source_base: int = SOURCE_BASE
     time_zone: str = "UTC0"
     reaper_lock: str = ""  # "": the registry's own
 
@@ -85,7 +86,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         memory_mib=request.memory_mib,
         vcpus=request.vcpus,
         environ=(f"TZ={run.time_zone}", *((f"XEN_DOMAIN_ID={request.domid}",) if request.domid else ())),
-        takes=() if discover else _takes(request),
+        takes=() if discover else _takes(request, run.source_base),
         files=() if discover else request.files,
         listens=() if discover else request.listens,
         privates=_privates(request),
@@ -131,7 +132,7 @@ def _argv(run: Run, host: Host, *, discover: bool) -> tuple[str, ...]:
     return (*words, *request.argv)
 
 
-def _takes(request: Request) -> tuple[TakeFd, ...]:
+def _takes(request: Request, base: int) -> tuple[TakeFd, ...]:
     """Return what the jail takes from the toolstack: the standard streams, and all that it has opened."""
     takes: list[TakeFd] = []
     if not (request.daemonize or request.domid):
@@ -141,7 +142,7 @@ def _takes(request: Request) -> tuple[TakeFd, ...]:
     for opening in request.openings:
         numbers = opening.numbers if isinstance(opening, OpenTap) else (opening.number,)
         takes += [
-            TakeFd(role=_role(opening, place), source=SOURCE_BASE + number, number=number)
+            TakeFd(role=_role(opening, place), source=base + number, number=number)
             for place, number in enumerate(numbers)
             if number >= 0
         ]

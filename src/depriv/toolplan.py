@@ -23,7 +23,6 @@ from depriv.steps import (
     Filter,
     MakeCgroup,
     MakeDir,
-    MakeFifo,
     MakeLink,
     MakeNode,
     MakePrivate,
@@ -61,14 +60,10 @@ class Passt(Record):
     place: int  # among those of its domain, from 0
     words: tuple[str, ...]  # passt's, but for how it runs
     source: int  # the toolstack's descriptor of the socket that leads to QEMU
+    output: int  # the toolstack's descriptor of a pipe for what it prints, open for both directions
     directory: str  # of the domain's state
     cgroup: str  # the domain's
     resolv: FileFacts  # /etc/resolv.conf, links resolved
-
-    @property
-    def log(self) -> str:
-        """Return where it prints to."""
-        return f"{self.directory}/passt{self.place}.log"
 
 
 def plan_passt(wanted: Passt, host: Host, identity: Identity) -> Launch:
@@ -127,7 +122,8 @@ def _opened(wanted: Passt, host: Host, identity: Identity) -> tuple[Step, ...]:
     return (
         *steps,
         TakeFd(role="guest", source=wanted.source, number=_GUEST_FD),
-        MakeFifo(role="log", path=wanted.log, numbers=(1, 2), size_kib=64),
+        TakeFd(role="stdout", source=wanted.output, number=1),
+        TakeFd(role="stderr", source=wanted.output, number=2),
         MakeCgroup(path=f"{wanted.cgroup}/passt{wanted.place}", version=host.cgroup_version),
     )
 

@@ -7,16 +7,17 @@ ended. One that was taken over and does not is the domain's: in a cgroup in QEMU
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from contextlib import ExitStack
 
 from depriv import detect, proc, runtime, toolaudit
 from depriv.entry import Tool
-from depriv.errors import DeprivError, HostError, JailError
-from depriv.guestlog import Log
+from depriv.errors import HostError, JailError
 from depriv.identity import choose, tool_domid
 from depriv.spawn import Jail
+from depriv.text import console_safe
 from depriv.toolplan import Passt, plan_passt
 
 TYPE_CHECKING = False
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from depriv.openings import StartPasst
     from depriv.registry import Registry
 
-_TIMEOUT_S: Final = 20.0
+_TIMEOUT_S: Final = 15.0
+_SHOWN: Final = 2000  # characters of what it printed
 _RESOLV: Final = "/etc/resolv.conf"
 # What passt says, and what to do about it.
 _FIXES: Final = (
     ("failed to bind", "see who has the port: ss -ltnup; below 1024: sysctl net.ipv4.ip_unprivileged_port_start"),
     (
         "external interface not usable",
-        "passt takes its addresses from the host's default route, and there is none: add one (ip route), or use a tap "
-        "(-netdev tap), or -nic none",
+        "passt takes the host's default route for its own, and there is none: add one, or use a tap, or -nic none",
     ),
 )
 
@@ -73,12 +74,14 @@ class Tools:
             DeprivError: it did not start; what it said.
         """
         host = self._look(entry)
+        output = self._pipe()
         wanted = Passt(
             domain=entry.name,
             domid=entry.domid,
             place=len(entry.tools),
             words=opening.words,
             source=source,
+            output=output,
             directory=self._registry.directory(entry.domid),
             cgroup=entry.cgroup,
             resolv=detect.look_at(os.path.realpath(_RESOLV)),
@@ -90,6 +93,8 @@ class Tools:
         try:
             launched = jail.launch(launch.plan, timeout_s=_TIMEOUT_S)
         except JailError as error:
+            if error.step.startswith("execute") and not error.errno:  # it did, and ended at once
+                raise _failure("passt did not start: it ended", output) from error
             raise HostError("passt did not start", cause=f"{error}: {error.cause}", fix=error.fix) from error
         os.close(launched.pidfd)
         tool = Tool(
@@ -100,9 +105,21 @@ class Tools:
             uid=identity.uid,
             gid=identity.gid,
         )
-        _await_confined(tool, entry.tools, wanted.log)
+        _await_confined(tool, entry.tools, output)
         self._jails.append(jail)
         return entry.replace(tools=(*entry.tools, tool))
+
+    def _pipe(self) -> int:
+        """Return a pipe that is open for both directions in one descriptor, until this is closed.
+
+        Who writes to it never waits, and is not told when we are gone: what does not fit is lost.
+        """
+        reads, writes = os.pipe2(os.O_CLOEXEC)
+        both = os.open(f"/proc/self/fd/{reads}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(reads)
+        os.close(writes)
+        self._held.callback(os.close, both)
+        return both
 
     def _look(self, entry: Entry) -> Host:
         """Return the host's facts, with passt for the program."""
@@ -141,27 +158,28 @@ def _libraries(path: str) -> str:
     return done.stderr
 
 
-def _await_confined(tool: Tool, others: tuple[Tool, ...], log: str) -> None:
+def _await_confined(tool: Tool, others: tuple[Tool, ...], output: int) -> None:
     """See it enclose itself: then it serves its guest. It does not say so, but the kernel shows it."""
     deadline = time.monotonic() + _TIMEOUT_S
-    with Log(log) as said:
-        while True:
-            if toolaudit.serves(tool):
-                break
-            if proc.alive(tool.pid, tool.starttime) == "dead":
-                raise _failure("passt did not start: it ended", said)
-            if time.monotonic() > deadline:
-                raise _failure(f"passt did not start within {_TIMEOUT_S:.0f} seconds", said)
-            time.sleep(0.002)
+    while not toolaudit.serves(tool):
+        if proc.alive(tool.pid, tool.starttime) == "dead":
+            raise _failure("passt did not start: it ended", output)
+        if time.monotonic() > deadline:
+            raise _failure(f"passt did not start within {_TIMEOUT_S:.0f} seconds", output)
+        time.sleep(0.002)
     wrong = [check for check in toolaudit.checks((*others, tool)) if not check.holds]
     if wrong:
         cause = "; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong)
         raise HostError("passt is not confined", cause=cause)
 
 
-def _failure(what: str, log: Log) -> DeprivError:
+def _failure(what: str, output: int) -> HostError:
+    """Return the error, with what it has printed."""
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(output, 65536)  # all that a pipe holds
     # Its root has no system logger, and each line says so.
-    lines = [line for line in log.text().splitlines() if "to syslog" not in line]
-    cause = "\n".join(lines)
+    lines = [line for line in console_safe(said).splitlines() if "to syslog" not in line]
+    cause = "\n".join(lines)[:_SHOWN].strip()
     fix = next((fix for sign, fix in _FIXES if sign in cause.lower()), "")
     return HostError(what, cause=cause or "it says nothing", fix=fix)

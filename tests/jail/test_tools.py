@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs beside a QEMU is in a jail of its own: passt's plan gives away nothing, and the real passt is held to it."""
+"""What runs beside a QEMU is in a jail of its own: passt's plan gives nothing away, and the real one is held to it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from depriv import check as checking
 from depriv import proc, steps, toolaudit
 from depriv.accounts import accounts_for
 from depriv.cgroup import members
-from depriv.errors import HostError, PlanError
 from depriv.ending import finish
+from depriv.errors import HostError, PlanError
 from depriv.host import FileFacts, Host, Program
 from depriv.identity import DOMID_FIRST, DOMID_LAST, RANGE_BASE, Identity, tool_domid
 from depriv.openings import StartPasst
@@ -62,6 +62,7 @@ def passt(**changes: Any) -> Passt:
         place=0,
         words=WORDS,
         source=9,
+        output=8,
         directory="/run/depriv/domains/7",
         cgroup="/sys/fs/cgroup/depriv/7",
         resolv=RESOLV,
@@ -153,9 +154,7 @@ def test_passt_leaves_every_namespace_but_the_network(spaces: tuple[str, ...]) -
 def test_second_passt_of_a_domain_does_not_kill_the_first() -> None:
     second = plan_passt(passt(place=1), facts(), IDENTITY).plan
     assert not [step for step in second.steps if isinstance(step, steps.Reap)]
-    first, other = (
-        [step for step in plan.steps if isinstance(step, (steps.MakeCgroup, steps.MakeFifo))] for plan in (PLAN, second)
-    )
+    first, other = ([step for step in plan.steps if isinstance(step, steps.MakeCgroup)] for plan in (PLAN, second))
     assert not set(first) & set(other)
 
 
@@ -342,7 +341,7 @@ def test_audit_finds_a_process_that_is_not_confined(beside: Beside) -> None:
 def test_nothing_is_left_of_a_passt_that_could_not_be_started(beside: Beside) -> None:
     beside.start()
     before = beside.entry
-    beside.entry = before.replace(tools=())  # so that it takes the first one's place: its FIFO is there
+    beside.entry = before.replace(tools=())  # so that it takes the first one's place: its cgroup is there
     with pytest.raises(HostError, match="passt did not start"):
         beside.start()
     beside.entry = before

@@ -149,7 +149,8 @@ def test_linux_guest_reaches_the_host_and_is_reached_and_qemu_is_in_no_network(d
     with listener, running(depriv, "net", *words, "-m", "192", "-serial", "stdio") as run:
         listener.settimeout(30)
         run.wait_for(linux.PROMPT.strip(), BOOT_S)
-        run.type("ip link set eth0 up; ip link set eth1 up; udhcpc -n -q -i eth0 2>&1; udhcpc -n -q -i eth1 2>&1; echo D''ONE")
+        run.type("ip link set eth0 up; ip link set eth1 up")
+        run.type("udhcpc -n -q -i eth0 2>&1; udhcpc -n -q -i eth1 2>&1; echo D''ONE")
         said = run.wait_for("DONE")
         assert "lease of 10.0.2.15 obtained" in said
         assert "lease of 10.0.3.15 obtained" in said
@@ -163,11 +164,12 @@ def test_linux_guest_reaches_the_host_and_is_reached_and_qemu_is_in_no_network(d
             peer.sendall(b"from the host\n")
         assert "from the host" in run.wait_for("DONE")
         # In.
-        run.type("echo from inside | nc -l -p 2222; echo D''ONE")
+        run.type("(sleep 4; echo from inside; sleep 2) | nc -l -p 2222; echo D''ONE")
         time.sleep(1)
         with socket.create_connection(("127.0.0.1", forward), timeout=20) as inside:
+            inside.sendall(b"from outside\n")
             assert _line(inside) == b"from inside\n"
-        run.wait_for("DONE")
+        assert "from outside" in run.wait_for("DONE")
         # The one that is restricted reaches nothing.
         run.type(f"echo from the cage | nc -w 3 10.0.3.2 {port}; echo D''ONE")
         run.wait_for("DONE")
@@ -233,7 +235,7 @@ def test_host_with_no_way_out_starts_no_guest_and_says_what_to_do(depriv: Comman
         done = depriv.run("run", "--", *QEMU, *NET, expect=125)
     assert "error: passt did not start" in done.stderr
     assert "External interface not usable" in done.stderr
-    assert "  fix: passt takes its addresses from the host's default route" in done.stderr
+    assert "  fix: passt takes the host's default route for its own" in done.stderr
     assert depriv.rows() == []
 
 
@@ -262,7 +264,9 @@ int main(int argc, char **argv)
 """
 
 
-def test_passt_that_prints_megabytes_and_ends_is_an_error_of_a_few_lines(uids: range, unchanged: None, tmp_path: Path) -> None:
+def test_passt_that_prints_megabytes_and_ends_is_an_error_of_a_few_lines(
+    uids: range, unchanged: None, tmp_path: Path
+) -> None:
     del uids, unchanged
     program = compiled(tmp_path, "passt", _HOSTILE)
     real = detect.fastest_build(os.path.realpath("/usr/bin/passt"))

@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from depriv.xlconfig import load_domain
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 ADRS = sorted((ROOT / "docs/adr").glob("*.md"))
-DOCUMENTS = [*(ROOT / name for name in PAGES), *ADRS]
+REFERENCES = sorted((ROOT / "docs/reference").glob("*.md"))
+DOCUMENTS = [*(ROOT / name for name in PAGES), *ADRS, *REFERENCES]
 MAN = ROOT / "man/depriv.1"
+MANUALS = sorted((ROOT / "man").iterdir())
 ADR_PARTS = ["Context", "Decision", "Rejected", "Consequences", "Revisit when"]
 MECHANISM_PARTS = ["Description", "Implementation", "How to test", "Tested by"]
 PROMISES = 10
@@ -155,6 +158,8 @@ def wrong_commands(text: str) -> list[str]:
             words.pop(0)
         if words[:1] != ["depriv"]:
             continue
+        if words[1:2] in (["run"], ["plan"]) and "--" in words:
+            words = words[: words.index("--")]  # what follows is QEMU's
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -268,11 +273,14 @@ def test_the_man_page_explains_every_exit_status() -> None:
     assert explained == {0, 1, 130, *(kind.exit_status for kind in kinds)}
 
 
-def test_the_man_page_is_of_this_version_and_formats_without_a_warning() -> None:
-    assert f'"depriv {depriv.__version__}"' in MAN.read_text().splitlines()[1]
+@pytest.mark.parametrize("path", MANUALS, ids=lambda path: path.name)
+def test_a_manual_page_is_installed_of_this_version_and_formats_without_a_warning(path: Path) -> None:
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert installed["shared-data"][f"man/{path.name}"] == f"share/man/man{path.suffix[1:]}/{path.name}"
+    assert f'"depriv {depriv.__version__}"' in path.read_text().splitlines()[1]
     try:
         done = subprocess.run(
-            ["groff", "-man", "-Tutf8", "-ww", "-z", MAN], capture_output=True, text=True, check=False
+            ["groff", "-man", "-Tutf8", "-ww", "-z", path], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         return  # a bare host has no groff; the other tests have read the page
@@ -383,7 +391,8 @@ def test_a_man_page_that_differs_from_the_parser_is_found(old: str, new: str) ->
         "sudo depriv create",
         "depriv create --pause web1.cfg",
         "DEPRIV_TIMES=1 depriv destroy",
-        "depriv console web1",
+        "depriv console",
+        "depriv run qemu-system-x86_64",
         "depriv list --jso | head",
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network of the test's own: a namespace with a loopback and a default route that leads nowhere (a tap that nobody reads)."""
+"""A network of the test's own: a namespace with a loopback, and a default route into a tap that nobody reads."""
 
 from __future__ import annotations
 

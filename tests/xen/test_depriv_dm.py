@@ -190,7 +190,10 @@ def test_guest_sees_its_cd_change_and_the_audit_holds(host: Dom0, guest: Guest) 
     host.must(["xl", "cd-insert", guest.name, "hdc", "/guests/two.iso"], timeout_s=CREATE_S)
     host.wait_for_serial(guest.name, "cd=ISO-TWO", SPEAK_S)
     assert failing(host, guest.name) == []
-    # And by depriv's own verbs, which are xl's.
+
+
+@pytest.mark.only_on("trixie")  # they are xl's: once is enough
+def test_cd_is_changed_by_deprivs_verbs(host: Dom0, guest: Guest) -> None:
     depriv(host, "cd-eject", guest.name, "hdc")
     depriv(host, "cd-insert", guest.name, "hdc", "/guests/one.iso")
     seen = len(host.serial(guest.name))
@@ -218,7 +221,6 @@ def test_second_guest_has_another_uid_and_gid(host: Dom0, guest: Guest) -> None:
         assert {first["uid"], first["gid"]} & {second["uid"], second["gid"]} == set()
         assert failing(host, "dm2") == []
         assert failing(host, guest.name) == []
-        assert "exists" in refused(host, "create", config) or "already" in refused(host, "create", config)
     finally:
         depriv(host, "destroy", "dm2")
     assert host.domid("dm2") is None
@@ -239,11 +241,13 @@ def test_domain_that_is_saved_goes_on_where_it_was(host: Dom0, guest: Guest) -> 
     after = said.partition("tick ")[2][:4]
     assert int(after, 16) > int(number, 16)  # not from its beginning
     assert failing(host, guest.name) == []
-    # The same by depriv's verbs.
+
+
+@pytest.mark.only_on("bookworm")  # as above
+def test_domain_that_is_saved_by_deprivs_verb_goes_on(host: Dom0, guest: Guest) -> None:
     depriv(host, "save", guest.name, "/root/again")
     assert host.domid(guest.name) is None
-    said = depriv(host, "restore", "/root/again")
-    assert "running" in said
+    assert "running" in depriv(host, "restore", "/root/again")
     host.wait_for_serial(guest.name, "tick ", SPEAK_S)
     assert failing(host, guest.name) == []
 
@@ -257,10 +261,9 @@ def test_destroyed_domain_leaves_nothing(host: Dom0, guest: Guest) -> None:
     assert host.ask("named", word="-xen-domid") == {}
 
 
-@pytest.mark.parametrize(("keeps", "reason"), [("PRIVCMD", "xen.privcmd is"), ("XENBUS", "xen.others is")])
-def test_device_model_that_keeps_what_it_must_give_up_is_killed(
-    host: Dom0, tmp_path: Path, keeps: str, reason: str
-) -> None:
+def test_device_model_that_keeps_what_it_must_give_up_is_killed(host: Dom0, tmp_path: Path) -> None:
+    # One on each: it is the audit that is tried, and the way its answer takes to xl's output.
+    keeps, reason = {"bookworm": ("PRIVCMD", "xen.privcmd is"), "trixie": ("XENBUS", "xen.others is")}[host.suite]
     program = build.compiled("evil_dm.c", tmp_path, ("-static",))
     host.put(program, f"/usr/libexec/EVIL_{keeps}")
     text = f'#!/bin/sh\nDEPRIV_DM_QEMU=/usr/libexec/EVIL_{keeps} exec /usr/bin/depriv-dm "$@"\n'

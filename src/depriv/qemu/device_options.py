@@ -20,6 +20,8 @@ _VFIO = (
     "use virtio devices; this one only unconfined",
 )
 _SESSION = ("it reads what is typed at the host", "use -device virtio-keyboard and virtio-tablet with -vnc 127.0.0.1:0")
+# It makes sockets, of which nobody could tell where they lead. Source: hw/display/qxl.c, QEMU 7.2.
+QXL = ("it brings a SPICE server's threads, and SPICE there is none", "use -device virtio-vga, or VGA")
 # Devices that are of no use, or too much, without the host: why, and what else there is. By the start of their names.
 REFUSED_DEVICES = {
     "vfio-": _VFIO,
@@ -27,6 +29,7 @@ REFUSED_DEVICES = {
     "xen-pci-passthrough": _VFIO,
     "pvrdma": ("it drives an RDMA adapter of the host", "use -device virtio-net-pci"),
     "hv-syndbg": ("QEMU has no network", "use -gdb unix:PATH,server=on,wait=off"),
+    "qxl": QXL,
     "usb-mtp": ("QEMU would open a folder of the host by name, again and again", "use an ISO image or a disk"),
     "u2f-passthru": ("QEMU looks for the token in /sys and /dev", "use -device usb-host,hostdevice=/dev/bus/usb/BUS/N"),
     "u2f-emulated": ("its keys lie in a folder that QEMU opens by name", "use -device usb-host with a real token"),

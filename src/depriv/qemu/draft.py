@@ -141,6 +141,8 @@ class Draft:
             raise error(word, "it names no file")
         if not path.isprintable():
             raise error(word, "the file's name has control characters in it", fix="rename the file")
+        if not path.startswith("/") and not self.cwd:
+            raise error(word, "the current folder has been removed", fix="go to one that is there, or write all of it")
         whole = path if path.startswith("/") else f"{self.cwd}/{path}"
         # Not through os.path: `..` is kept out of a plan by meaning, and the kernel sees links where we see names.
         parts: list[str] = []

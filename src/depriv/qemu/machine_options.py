@@ -6,6 +6,7 @@ Sources: softmmu/vl.c, hw/core/machine.c, hw/core/machine-smp.c, qemu-options.hx
 
 from __future__ import annotations
 
+from depriv.qemu.device_options import QXL
 from depriv.qemu.file_options import initrd
 from depriv.qemu.options import OPTIONS
 from depriv.qemu.properties import Properties, refuse_paths, rom, size_mib
@@ -96,6 +97,12 @@ def _asks(draft: Draft, word: Word) -> None:
     if word.value in _HELP:
         draft.facts["no_guest"] = True
     draft.emit(f"-{word.name}", word.value)
+
+
+def _vga(draft: Draft, word: Word) -> None:
+    if word.value == "qxl":
+        draft.refuse(word, f"qxl: {QXL[0]}", fix="use -vga virtio, or -vga std")
+    _asks(draft, word)
 
 
 def _ends(draft: Draft, word: Word) -> None:
@@ -218,7 +225,7 @@ HANDLERS = {
     "accel": _accel,
     "enable-kvm": _enable_kvm,
     "cpu": _asks,
-    "vga": _asks,
+    "vga": _vga,
     "rtc": _asks,
     **dict.fromkeys(("action", "msg", "smp"), _asks),
     "help": _ends,

@@ -104,6 +104,15 @@ def _credentials(draft: Draft, word: Word, made: Properties) -> None:
     draft.emit("-object", made.value())
 
 
+def _memory(draft: Draft, word: Word, made: Properties) -> None:
+    """reserve=off makes QEMU read /proc/sys/vm/overcommit_memory. Source: util/mmap-alloc.c, QEMU 7.2."""
+    if made.text("reserve") not in ("", "on", "yes", "true", "y"):
+        draft.note(word, "reserve= is left out: QEMU sees no /proc to learn whether the host can do it")
+        del made.data["reserve"]
+    refuse_paths(draft, word, made.data)
+    draft.emit("-object", made.value())
+
+
 def _id(word: Word, made: Properties) -> str:
     """Return the object's id, which becomes part of a file's name. Source: id_wellformed, util/id.c."""
     name = made.text("id")
@@ -160,6 +169,7 @@ def _igvm(draft: Draft, word: Word, made: Properties) -> None:
 
 _KINDS = {
     "secret": _secret,
+    **dict.fromkeys(("memory-backend-memfd", "memory-backend-ram"), _memory),
     "tls-creds-x509": _credentials,
     "tls-creds-anon": _credentials,
     "tls-creds-psk": _credentials,

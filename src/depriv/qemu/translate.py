@@ -59,7 +59,11 @@ def translate(  # noqa: PLR0913 (what is pure has all it may know handed in)
     def text_of(word: Word) -> str:
         if read is None:
             raise error(word, "no file can be read here", fix="write its sections as options")
-        return read(draft.path(word, word.value))
+        path = draft.path(word, word.value)
+        try:
+            return read(path)
+        except (OSError, ValueError) as failed:
+            raise error(word, f"cannot read {path}", cause=str(failed), fix="name a text file") from failed
 
     words = expand(words, text_of)
     draft.seen = {word.name for word in words}
