@@ -121,6 +121,15 @@ def no_second_life(disks: tuple[Disk, ...], device_model_user: str) -> tuple[str
     return "", ""
 
 
+def fit_name(text: str) -> str:
+    """Return a name that a domain may have, as like ``text`` as can be: with dashes for what no name has; "" of none.
+
+    Short enough for a domid behind it.
+    """
+    plain = "".join(char if char in _NAME_CHARACTERS else "-" for char in text[: _NAME_MAX - 8]).lstrip("-.")
+    return f"vm{plain}" if plain.isdecimal() else plain
+
+
 class Note(Record):
     """Something the user should know: a key that is ignored and why, an unknown key, a restriction switched off."""
 

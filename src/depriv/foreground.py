@@ -20,16 +20,17 @@ from select import POLLIN, poll
 from depriv import detect, launching, lifecycle
 from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
-from depriv.config import Note
-from depriv.ending import finish
+from depriv.config import Note, fit_name
+from depriv.ending import finish, remove_left
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
 from depriv.guestlog import Copy
 from depriv.opener import Opened
 from depriv.planner import refuse_name
+from depriv.qemu.capabilities import asks_what_it_can_do
 from depriv.qemu.draft import LAST_FD, Allowed, Request
 from depriv.qemu.translate import translate
 from depriv.report import Grant, times_text
-from depriv.requests import SOURCE_BASE, Run, passts, plan_run, plan_run_discovery
+from depriv.requests import HELD, SOURCE_BASE, Run, passts, plan_run, plan_run_discovery
 from depriv.spawn import Jail
 from depriv.streams import Input, Terminal
 from depriv.tools import Tools
@@ -113,7 +114,11 @@ class Wish(lifecycle.Wish):
         self._options = options
         self._registry = registry
         self._cache_dir = cache_dir
-        self.name = options.name or request.name
+        if options.name and fit_name(options.name) != options.name:
+            raise ConfigError(
+                f"--name {options.name!r} is no name for a domain", fix=f"take {fit_name(options.name) or 'another'}"
+            )
+        self.name = options.name or fit_name(request.name)
         base = _unused_numbers()
         self.opened = Opened(base)
         self._prepared = False
@@ -205,14 +210,22 @@ class Wish(lifecycle.Wish):
         else:
             running.jail.watch()
             self.jail = running.jail
-        self.let_run(running, paused=paused)
+        try:
+            for step in self.request.listens:
+                os.rename(step.path + HELD, step.path)
+            self.let_run(running, paused=paused)
+        except BaseException:
+            remove_left(running.entry.left)
+            raise
 
     def _keep_left(self, running: Running) -> None:
         """Write down what ends with the domain: tools, and files outside of its folder."""
-        running.entry = running.entry.replace(left=(*running.entry.left, *self.opened.left))
+        left = running.entry.left
+        shown = tuple((path.removesuffix(HELD), dev, ino) for path, dev, ino in left if path.endswith(HELD))
+        running.entry = running.entry.replace(left=(*left, *shown, *self.opened.left))
         if self.request.pidfile:
             running.entry = _write_pidfile(self.request.pidfile, running)
-        if self.opened.left or self.request.pidfile or running.entry.tools:
+        if running.entry.left or running.entry.tools:
             self._registry.save(running.entry)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
@@ -310,6 +323,9 @@ def run_words(
     request = understand(words[1:], options)
     if request.no_guest:
         _ask(program, request)
+    if asks_what_it_can_do(words[1:]):
+        say("note: this QEMU runs as it is: without a guest it only tells what it can do")
+        _become(_path_of(program), [program, *words[1:]], dict(os.environ))
     for note in request.notes:
         say(f"{'warning' if note.warning else 'note'}: {note.text}")
     if os.geteuid() != 0:
@@ -324,19 +340,30 @@ def _ask(program: str, request: Request) -> NoReturn:
     Its words are those of the dry run, which name nothing of the host's. Should they be no question after all, it
     stands before the first instruction of nothing.
     """
-    found = detect.find_program(program)
-    if found.problem:
-        raise PlanError(found.problem, fix="name a QEMU that is installed")
-    sys.stdout.flush()
+    path = _path_of(program)
     if os.geteuid() == 0:
         os.setgroups(())
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    _become(path, [program, "-S", *request.dry], {"LC_ALL": "C"})
+
+
+def _path_of(program: str) -> str:
+    found = detect.find_program(program)
+    if found.problem:
+        raise PlanError(found.problem, fix="name a QEMU that is installed")
+    return found.path
+
+
+def _become(path: str, argv: list[str], environ: dict[str, str]) -> NoReturn:
+    """Execute a QEMU that has no guest, in place of this process and with no more privileges."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     import ctypes  # noqa: PLC0415 (nothing else here needs it)
 
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python, and what is ignored stays so
-    os.execve(found.path, [program, "-S", *request.dry], {"LC_ALL": "C"})  # noqa: S606 (no shell wanted)
+    os.execve(path, argv, environ)  # noqa: S606 (no shell wanted)
 
 
 def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:
@@ -354,6 +381,8 @@ def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, s
         if os.environ.get("DEPRIV_TIMES"):
             say(times_text(started.times))
         entry = wish.entry or started.entry
+        if wish.request.name not in ("", entry.name) and not wish.request.domid:
+            say(f"note: the domain is called {entry.name}")
         if wish.jail is None:
             return 0
         with wish.jail, _log(started.launch) as log:
@@ -387,8 +416,8 @@ def _until_its_end(jail: Jail, entry: Entry, log: Copy | None, given: Input) -> 
     except ProcessLookupError:
         return jail.end()
     wake, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # before the handlers: a signal in between were lost
     before = {number: signal.signal(number, lambda _number, _frame: None) for number in (*_FORWARDED, signal.SIGTSTP)}
-    old = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     try:
         while True:
             waited, event = given.waits()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from depriv.qemu.draft import Request
 
 SOURCE_BASE = 300  # the toolstack holds what QEMU gets as descriptor N as 300 + N, or from a higher number on
+HELD = ".depriv"  # behind a socket's name until QEMU is audited: nobody says `cont` to it before
 _MIB = 1 << 20
 _OUTPUT_BYTES_MAX = 256 * _MIB  # of a file that QEMU writes its own words or the guest's into
 _UNKNOWN_BYTES_MAX = 2 << 40  # formats that grow, and whose size only QEMU can tell
@@ -88,7 +89,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         environ=(f"TZ={run.time_zone}", *((f"XEN_DOMAIN_ID={request.domid}",) if request.domid else ())),
         takes=() if discover else _takes(request, run.source_base),
         files=() if discover else request.files,
-        listens=() if discover else request.listens,
+        listens=() if discover else tuple(step.replace(path=step.path + HELD) for step in request.listens),
         privates=_privates(request),
         images=tuple(image.hold for image in images),
         queues=request.vcpus * len(images),

@@ -6,6 +6,9 @@ host's own program folders and without disks, and three witnesses tell what was 
 (LD_DEBUG=files) names the libraries and modules, QEMU (-trace load_file) the firmware, and the plan the program.
 Those are copied; the program's copy may be executed but not read, which makes the kernel treat the process as not
 dumpable (would_dump() in fs/exec.c). The copy is used until any of the originals changes.
+
+There is one such folder for every set of devices. They share what they have in common by hard links, and those that
+have not been used for long are removed when there are many.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import json
 import os
 import stat
+import time
 
 from depriv.durable import is_beside, locked
 from depriv.errors import HostError
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _VERSION = 1
 _LOCK_TIMEOUT_S = 90.0  # whoever holds it does a dry run, which has its own deadlines
+_KEPT_MAX = 32
+_IN_USE_S = 600.0  # longer than any start takes from the choice of its copy until that is bound
 
 
 class Source(Record):
@@ -98,6 +104,7 @@ def _is_current(launch: Launch) -> bool:
                 cause=f"its mode is {program.st_mode & 0o7777:04o}, it has to be 0111, owner root",
                 fix=f"find out who changed it, then: rm -r {launch.runtime}",
             )
+        os.utime(f"{launch.runtime}/{_MANIFEST}")  # the time of its last use: see _remove_unused
     except (FileNotFoundError, NotADirectoryError, KeyError, ValueError):
         return False
     return True
@@ -149,8 +156,9 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         sources: list[tuple[str, int, int, int]] = []
+        copied = _copied(parent)
         for number, path in enumerate(files):
-            sources.append(_copy(beside, path, mode=0o111 if number == 0 else 0o555))
+            sources.append(_copy(beside, path, mode=0o111 if number == 0 else 0o555, copied=copied))
         for name in {step.source.rpartition("/")[2] for step in launch.plan.steps if type(step).__name__ == "BindTree"}:  # type: ignore[union-attr]
             os.makedirs(f"{beside}/{name}", 0o755, exist_ok=True)
         for folder, _folders, _files in os.walk(beside):
@@ -162,24 +170,81 @@ def _build(launch: Launch, files: tuple[str, ...]) -> None:
         _remove_stale(parent)
         shutil.rmtree(launch.runtime, ignore_errors=True)
         os.rename(beside, launch.runtime)
+        _remove_unused(parent)
     except OSError as error:
         raise HostError(f"cannot make {launch.runtime}", fix="see that there is room for 60 MB") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _copy(root: str, path: str, *, mode: int) -> tuple[str, int, int, int]:
-    """Copy one file to where QEMU will look for it, and to where the path leads: libraries are opened by link names."""
+def _copy(
+    root: str, path: str, *, mode: int, copied: dict[tuple[str, int, int, int], str]
+) -> tuple[str, int, int, int]:
+    """Copy one file to where QEMU will look for it, and to where the path leads: libraries are opened by link names.
+
+    A copy that another folder has of the very same file is linked instead.
+    """
     import shutil  # noqa: PLC0415 (as above)
 
     real = os.path.realpath(path)
     have = os.stat(real)
-    target = root + os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path)
-    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
-    shutil.copyfile(real, target)
-    os.chmod(target, mode)
     # The name it is opened by, not the real one: a link that leads elsewhere by now makes the copy stale.
-    return (path, have.st_size, have.st_mtime_ns, have.st_ino)
+    source = (path, have.st_size, have.st_mtime_ns, have.st_ino)
+    inside = os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path)
+    target = root + inside
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    if not (source in copied and _link(copied[source] + inside, target, size=have.st_size, mode=mode)):
+        shutil.copyfile(real, target)
+        os.chmod(target, mode)
+    return source
+
+
+def _link(existing: str, target: str, *, size: int, mode: int) -> bool:
+    """Link a copy that is as this one would be, or return False: there is none, or it has links enough."""
+    try:
+        have = os.lstat(existing)
+        if (have.st_mode, have.st_uid, have.st_size) != (stat.S_IFREG | mode, 0, size):
+            return False
+        os.link(existing, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _copied(parent: str) -> dict[tuple[str, int, int, int], str]:
+    """Return for each file that was copied before the folder of a copy."""
+    found: dict[tuple[str, int, int, int], str] = {}
+    for name in os.listdir(parent):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with open(f"{parent}/{name}/{_MANIFEST}", "rb") as file:
+                sources = json.load(file)["sources"]
+            found |= {(path, size, mtime_ns, ino): f"{parent}/{name}" for path, size, mtime_ns, ino in sources}
+    return found
+
+
+def _remove_unused(parent: str) -> None:
+    """Keep as many folders as are of use; those used last stay. The lock is held.
+
+    A start takes no lock for a folder that is there already; it notes the time. So the time is looked at again once
+    the folder has no name any more by which a start could find it.
+    """
+    import shutil  # noqa: PLC0415 (as above)
+
+    used: list[tuple[int, str]] = []
+    for name in os.listdir(parent):
+        with contextlib.suppress(OSError):
+            if "." not in name:
+                used.append((os.stat(f"{parent}/{name}/{_MANIFEST}").st_mtime_ns, f"{parent}/{name}"))
+    used.sort(reverse=True)
+    for mtime_ns, folder in used[_KEPT_MAX:]:
+        if time.time() - mtime_ns / 1e9 < _IN_USE_S:
+            continue
+        aside = f"{folder}.{os.getpid()}"
+        os.rename(folder, aside)
+        if os.stat(f"{aside}/{_MANIFEST}").st_mtime_ns != mtime_ns:
+            os.rename(aside, folder)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def half_made(cache_dir: str) -> tuple[str, ...]:

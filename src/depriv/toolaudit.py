@@ -27,10 +27,18 @@ def checks(tools: tuple[Tool, ...]) -> Iterable[Check]:
         name = f"{tool.name}{place or ''}"
         try:
             yield from tuple(_judge(tool, name, own))
-        except OSError:  # not ESRCH alone: what has ended and is not yet waited for has no mounts, EINVAL
-            if proc.alive(tool.pid, tool.starttime) != "dead":
+        except OSError:  # not ESRCH alone: what is ending has no mounts any more, EINVAL
+            if not _is_gone(tool):
                 raise
             yield _check(f"{name}.alive", "running", "dead")
+
+
+def _is_gone(tool: Tool) -> bool:
+    """Tell whether it has ended, or is past the point where it could do anything."""
+    try:
+        return proc.alive(tool.pid, tool.starttime) == "dead" or proc.is_ending(tool.pid, tool.pid)
+    except ProcessLookupError:
+        return True
 
 
 def serves(tool: Tool) -> bool:

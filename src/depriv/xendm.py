@@ -71,10 +71,10 @@ class DeviceModel:
         if heard is None:
             raise _another_version("it hands in no monitor")
         where = str(heard.getsockname())
-        request = understand(self._words, f"{where}.depriv", self._domid)
+        request = understand(self._words, where, self._domid)
         options = foreground.Options(name="", user=self._user())
         wish = _Wish(program, request, options, registry, CACHE_DIR)
-        wish.place(self._domid, heard, where, self._kill_uid or "")
+        wish.place(self._domid, heard, self._kill_uid or "")
         with contextlib.suppress(OSError):
             os.rmdir(f"/run/xen/qemu-root-{self._domid}")  # libxl's, for -chroot: it would stay for ever
         return foreground.supervise(wish, registry, cache_dir=CACHE_DIR, paused=True, say=_say)
@@ -111,7 +111,7 @@ def _another_version(cause: str) -> ConfigError:
 
 
 def understand(words: tuple[str, ...], monitor: str, domid: int) -> Request:
-    """Return what libxl's words come to, its monitor on a socket of ours that is not yet at its path."""
+    """Return what libxl's words come to, its monitor on a socket of ours."""
     changed = tuple(
         f"socket,id={_LIBXL},path={monitor.replace(',', ',,')},server=on,wait=off"
         if word.startswith(f"socket,id={_LIBXL},")
@@ -128,16 +128,16 @@ class _Wish(foreground.Wish):
 
     may_move = False  # its domid, and with it its uid, are Xen's choice
 
-    def place(self, domid: int, heard: socket.socket, where: str, kill_uid: str) -> None:
-        """Take which domain it is, libxl's listening socket and its path, and the uid that libxl will kill."""
+    def place(self, domid: int, heard: socket.socket, kill_uid: str) -> None:
+        """Take which domain it is, libxl's listening socket, and the uid that libxl will kill."""
         self._domid = domid
         self._kill_uid = kill_uid
         self._heard = heard
-        self._where = where
         self.run = self.run.replace(reaper_lock=_REAPER_LOCK)
 
     def domid(self) -> int:
-        self._choose_name(self._domid)
+        """Return Xen's; the name is that of -name, unless another has it."""
+        self.choose_name(self._domid, {entry.name for entry in self._registry.entries()})
         return self._domid
 
     def look(self, domid: int, others: tuple[Holding, ...]) -> Host:
@@ -187,9 +187,8 @@ class _Wish(foreground.Wish):
         running.monitor.execute("stop", timeout_s=10)
 
     def let_run(self, running: Running, *, paused: bool) -> None:
-        """Put our monitor in the place of libxl's socket, and hand over whoever already waits there."""
+        """Hand over whoever already waits at libxl's socket, which ours has taken the place of."""
         del paused  # libxl says cont
-        os.rename(f"{self._where}.depriv", self._where)
         self._heard.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -41,7 +41,8 @@ def listener(words: tuple[str, ...]) -> socket.socket | None:
         if word.startswith("socket,id=libxl-cmd,"):
             for item in word.split(","):
                 if item.startswith("fd=") and item[3:].isdecimal():
-                    return socket.socket(fileno=int(item[3:]))
+                    with contextlib.suppress(OSError):  # not open: not started by libxl
+                        return socket.socket(fileno=int(item[3:]))
     return None
 
 

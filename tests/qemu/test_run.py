@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import tempfile
 import termios
@@ -355,10 +356,18 @@ def test_name_that_is_asked_for_and_taken_is_refused(depriv: CommandLine) -> Non
 def test_name_of_qemus_that_is_none_for_a_domain_does_not_keep_it_from_running(depriv: CommandLine, name: str) -> None:
     with started(depriv, *QUIET, "-name", f"guest={name}") as process:
         entry = await_running(depriv, process)
+        assert set(entry["name"]) <= set(string.ascii_letters + string.digits + "-._+"), entry["name"]
+        assert not entry["name"].isdecimal()
         assert [row["pid"] for row in depriv.rows()] == [entry["expected"]["pid"]]
         depriv.run("audit", str(entry["domid"]))
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
+
+
+def test_name_that_is_asked_for_and_no_name_is_refused(depriv: CommandLine) -> None:
+    for name in ("../x", "12", "a b", "-x", "x" * 100):
+        done = depriv.run("run", f"--name={name}", "--", QEMU, *QUIET, expect=2)
+        assert f"--name {name!r} is no name for a domain" in done.stderr
 
 
 # Odd callers and hosts
