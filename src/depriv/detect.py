@@ -271,6 +271,8 @@ def _look_inside(path: str, fd: int) -> FileFacts:
     block = stat.S_ISBLK(have.st_mode)
     head = os.pread(fd, 65536, 0)
     magic = next((name for start, name in _MAGIC if head.startswith(start)), "")
+    if magic == "elf" and b"\x02\xb0\xad\x1b" in head[:8192]:
+        magic = "multiboot"  # such a kernel QEMU loads by another ROM; Multiboot specification 0.6.96, 3.1
     if not magic and head[0x202:0x206] == b"HdrS":
         magic = "bzimage"  # Documentation/arch/x86/boot.rst
     facts = FileFacts(

@@ -25,6 +25,7 @@ from depriv.ending import finish, remove_left
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
 from depriv.guestlog import Copy
 from depriv.opener import Opened
+from depriv.openings import Inherited
 from depriv.planner import refuse_name
 from depriv.qemu.capabilities import asks_what_it_can_do
 from depriv.qemu.draft import LAST_FD, Allowed, Request
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _INCOMING_TIMEOUT_S = 600.0
 _NOBODY = 65534
+_STDERR = 2
 _OWN_FDS = 50  # more than we ever have open ourselves
 _PR_SET_NO_NEW_PRIVS = 38  # <linux/prctl.h>
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -326,12 +328,34 @@ def run_words(
     if asks_what_it_can_do(words[1:]):
         say("note: this QEMU runs as it is: without a guest it only tells what it can do")
         _become(_path_of(program), [program, *words[1:]], dict(os.environ))
+    if request.waits:
+        _refuse_unnamed(request)
     for note in request.notes:
         say(f"{'warning' if note.warning else 'note'}: {note.text}")
     if os.geteuid() != 0:
         raise PlanError("only root can run a confined QEMU", fix="run it with sudo; `depriv plan --` needs no root")
     wish = Wish(program, request, options, registry, cache_dir)
     return supervise(wish, registry, cache_dir=cache_dir, paused=request.paused, say=say)
+
+
+def _refuse_unnamed(request: Request) -> None:
+    """Refuse to wait for a state that QEMU is to read from a descriptor which no word names: it would not get it.
+
+    So libvirt's `virsh restore` does it. QEMU would be told a number, find nothing there, and wait for ever.
+    """
+    named = [opening.source for opening in request.openings if isinstance(opening, Inherited)]
+    for fd in (int(name) for name in os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            mode = os.fstat(fd).st_mode
+            read_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            meant = os.get_inheritable(fd) and read_only and (stat.S_ISREG(mode) or stat.S_ISFIFO(mode))
+            if meant and fd > _STDERR and fd not in named:
+                raise ConfigError(
+                    f"-incoming defer: descriptor {fd} is open to be read, but no word names it",
+                    cause="QEMU gets no descriptor but those that are named",
+                    fix=f"write -incoming fd:{fd}, or close it ({fd}<&-); a domain of libvirt's cannot be restored:"
+                    " virsh start --force-boot",
+                )
 
 
 def _ask(program: str, request: Request) -> NoReturn:

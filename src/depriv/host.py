@@ -36,7 +36,7 @@ class FileFacts(Record):
     size: int = 0  # bytes; of a block device its capacity
     detail: str = ""  # of "missing" and "unreadable": the reason; of "symlink": where it leads
     unread: bool = False  # we may look at it but not into it: what follows is not known
-    magic: str = ""  # "qcow2", "qcow", "vmdk", "vhd", "qed", "luks", "bzimage", "elf" or ""
+    magic: str = ""  # "qcow2", "qcow", "vmdk", "vhd", "qed", "luks", "bzimage", "elf", "multiboot" or ""
     format: str = ""  # of an image, as QEMU itself would guess it: "raw", "qcow2", "vpc", ...
     virtual_size: int = 0  # qcow2: bytes that the guest sees
     cluster_size: int = 0  # qcow2

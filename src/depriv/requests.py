@@ -18,6 +18,8 @@ from depriv.check import SANDBOX
 from depriv.errors import PlanError
 from depriv.openings import ListenTcp, OpenTap, StartPasst, WriteFile
 from depriv.qemu.cmdline import EVENTS_FD, QMP_FD
+from depriv.qemu.options import OPTIONS
+from depriv.qemu.words import parse_json, parse_list, parse_words, values
 from depriv.records import Record
 from depriv.steps import OpenFile, TakeFd
 from depriv.storage import ImageFile, refuse_in_use
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from depriv.host import Host
     from depriv.openings import Opening
     from depriv.qemu.draft import Request
+    from depriv.qemu.words import Word
 
 SOURCE_BASE = 300  # the toolstack holds what QEMU gets as descriptor N as 300 + N, or from a higher number on
 HELD = ".depriv"  # behind a socket's name until QEMU is audited: nobody says `cont` to it before
@@ -198,30 +201,36 @@ def _runtime_key(request: Request, accel: str) -> tuple[str, ...]:
     if request.domid:
         return ("xen",)  # all that this QEMU has
     kinds: set[str] = set()
-    words = iter(request.dry)
-    for word in words:
-        if word in _VALUED:
-            kinds.add(f"{word} {_kind(word, next(words, ''))}")
-        elif word.startswith("-"):
-            kinds.add(word)
+    takes_value = {name: option.takes_value for name, option in OPTIONS.items()}
+    for word in parse_words(request.dry, takes_value):
+        if word.name in _VALUED:
+            kinds.add(f"-{word.name} {_kind(word)}")
+        elif word.name not in _NO_FILES:
+            kinds.add(f"-{word.name}")
     loaded = sorted(f"{item.target} {item.facts.magic or 'other'}" for item in request.privates)
     return (f"machine {request.machine} accel {accel}", *sorted(kinds), *loaded)
 
 
-# Options whose value says what is loaded; of all others the name says enough, and a value is never taken for one.
-_VALUED = ("-device", "-machine", "-M", "-vga", "-display", "-vnc", "-k", "-bios", "-audiodev", "-object", "-netdev",
-           "-nic",
-           "-net", "-cpu", "-accel", "-global", "-chardev", "-L", "-usbdevice", "-option-rom")  # fmt: skip
-_FILES = ("romfile", "rom", "bios", "firmware", "model", "driver", "qom-type", "type", "backend")
+# Options whose value says what is loaded; of all others the name says enough.
+_VALUED = (
+    "device", "machine", "M", "vga", "display", "vnc", "k", "bios", "audiodev", "object", "netdev", "nic", "net", "cpu",
+    "accel", "global", "chardev", "L", "usbdevice", "option-rom", "drive",
+)  # fmt: skip
+# Options that load nothing, whatever they say.
+_NO_FILES = (
+    "m", "smp", "name", "uuid", "rtc", "append", "numa", "overcommit", "mem-prealloc", "boot", "msg", "action",
+    "watchdog-action", "no-shutdown", "no-reboot", "no-acpi", "no-hpet", "compat", "seed", "echr", "icount", "smbios",
+    "only-migratable", "mon",
+)  # fmt: skip
+_FILES = ("romfile", "rom", "bios", "firmware", "model", "driver", "qom-type", "type", "backend", "if")
 
 
-def _kind(word: str, value: str) -> str:
+def _kind(word: Word) -> str:
     """Return the part of an option's value that decides which files are loaded."""
-    if word in ("-machine", "-M", "-k", "-bios", "-L", "-global", "-option-rom"):
-        return value
-    first, *rest = value.split(",")
-    kept = [item for item in rest if item.partition("=")[0].strip('"{ ') in _FILES]
-    return " ".join([first if "=" not in first or first.partition("=")[0] in _FILES else "", *kept])
+    if word.name in ("machine", "M", "k", "bios", "L", "global", "option-rom"):
+        return word.value
+    data = parse_json(word) if word.value.startswith("{") else values(parse_list(word, implied="driver"))
+    return " ".join(f"{key}={data[key]}" for key in sorted(data) if key in _FILES)
 
 
 def listens_outside(request: Request) -> tuple[ListenTcp, ...]:

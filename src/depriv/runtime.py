@@ -104,10 +104,20 @@ def _is_current(launch: Launch) -> bool:
                 cause=f"its mode is {program.st_mode & 0o7777:04o}, it has to be 0111, owner root",
                 fix=f"find out who changed it, then: rm -r {launch.runtime}",
             )
-        os.utime(f"{launch.runtime}/{_MANIFEST}")  # the time of its last use: see _remove_unused
+        _note_use(launch.runtime)
     except (FileNotFoundError, NotADirectoryError, KeyError, ValueError):
         return False
     return True
+
+
+def _note_use(folder: str) -> None:
+    """Write down the time: see ``_remove_unused``, which may have been faster."""
+    try:
+        os.utime(f"{folder}/{_MANIFEST}")
+    except FileNotFoundError:
+        raise
+    except OSError:  # on a read-only file system nothing is removed, either
+        pass
 
 
 def _check_owner(path: str) -> None:
@@ -218,7 +228,7 @@ def _copied(parent: str) -> dict[tuple[str, int, int, int], str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             with open(f"{parent}/{name}/{_MANIFEST}", "rb") as file:
                 sources = json.load(file)["sources"]
-            found |= {(path, size, mtime_ns, ino): f"{parent}/{name}" for path, size, mtime_ns, ino in sources}
+            found |= dict.fromkeys(map(tuple, sources), f"{parent}/{name}")
     return found
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,11 @@ from tests.support.launch import Ground, accounts, wait_for
 from tests.support.network import own_network
 
 from depriv import check as checking
-from depriv import proc, seccomp, steps, toolaudit
+from depriv import proc, seccomp, steps, toolaudit, tools
 from depriv.accounts import accounts_for
 from depriv.cgroup import members
 from depriv.ending import finish
+from depriv.entry import Tool
 from depriv.errors import HostError, PlanError
 from depriv.host import FileFacts, Host, Program
 from depriv.identity import DOMID_FIRST, DOMID_LAST, RANGE_BASE, Identity, tool_domid
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from depriv.entry import Tool
     from depriv.records import Record
 
 IDENTITY = Identity(uid=98283, gid=98283, reaper_uid=65537, how="range")
@@ -359,3 +360,21 @@ def test_nothing_is_left_of_a_passt_that_could_not_be_started(beside: Beside) ->
     beside.entry = before
     # The second one's plan has reaped the uid first, as a domain's first passt does.
     assert beside.wrong() == ["passt.alive"]
+
+
+def test_passt_that_never_confines_itself_is_waited_for_no_longer_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depriv.tools._TIMEOUT_S", 0.2)
+    reads, writes = os.pipe2(os.O_NONBLOCK)
+    with subprocess.Popen(["sleep", "60"]) as lazy:
+        try:
+            os.write(writes, b"Failed to send 3 bytes to syslog\nstill at it\x1b[2J\n")
+            starttime = proc.start_time(lazy.pid)
+            tool = Tool(name="passt", role="net0", pid=lazy.pid, starttime=starttime, uid=98283, gid=98283)
+            with pytest.raises(HostError, match="did not start within") as caught:
+                tools._await_confined(tool, (), reads)
+            assert caught.value.cause.startswith("still at it")
+            assert "\x1b" not in caught.value.cause
+        finally:
+            lazy.kill()
+            os.close(reads)
+            os.close(writes)

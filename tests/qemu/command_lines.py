@@ -127,7 +127,7 @@ LINES = (
         -object '{"qom-type":"memory-backend-memfd","id":"ram-node0","share":true,"size":67108864}'
         -numa node,nodeid=0,cpus=0-3,memdev=ram-node0 -display none -no-user-config -nodefaults
         -chardev socket,id=charmonitor,path=$D/monitor.sock,server=on,wait=off -mon chardev=charmonitor,mode=control
-        -blockdev '{"driver":"host_device","filename":"$D/disk.raw","node-name":"s1","cache":{"direct":true,"no-flush":false}}'
+        -blockdev '{"driver":"file","filename":"$D/disk.raw","node-name":"s1","cache":{"direct":true,"no-flush":false}}'
         -device '{"driver":"virtio-blk-pci","iothread":"iothread1","drive":"s1","id":"virtio-disk0","num-queues":2,"write-cache":"on"}'""",
         "qmp monitor.sock",
     ),
@@ -145,7 +145,7 @@ LINES = (
         "ganeti-kernel",
         "Ganeti, hv_kvm with kernel_path",
         """-name instance2 -m 64 -smp 1 -pidfile $D/pid -device virtio-balloon-pci -daemonize -monitor unix:$D/monitor,server,nowait
-        -kernel $D/bzImage -initrd $D/initrd.img -append 'root=/dev/vda1 ro console=ttyS0,38400' -nographic -nic none
+        -kernel $D/bzImage -initrd $D/initrd.img -append 'root=/dev/vda1 ro console=ttyS0,38400' -vnc none -nic none
         -serial unix:$D/serial,server,nowait -drive file=$D/disk.raw,format=raw,if=virtio -uuid 2f8d0c57-15ca-4d25-a41d-1a8e4e2ae2a5
         -runas nobody -chroot $D""",
         "hmp monitor",

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,11 +84,13 @@ def test_each_machine_has_a_copy_with_its_own_firmware_only(host: Toolstack, cac
 def test_second_start_uses_the_copy_as_it_is(host: Toolstack, cache: Path) -> None:
     lives(host.create(Domain(name="a")))
     (before,) = folders(cache)
-    stamp = (before / "manifest.json").stat().st_mtime_ns
+    made = (before / "manifest.json").stat()
     lives(host.create(Domain(name="a")))
     lives(host.create(Domain(name="other", memory_mib=64, vcpus=2)))
     (after,) = folders(cache)
-    assert (after, (after / "manifest.json").stat().st_mtime_ns) == (before, stamp)
+    used = (after / "manifest.json").stat()
+    assert (after, used.st_ino) == (before, made.st_ino)
+    assert used.st_mtime_ns > made.st_mtime_ns  # it tells which copies are of use
 
 
 def test_every_file_is_roots_and_nobody_can_write_it_or_read_the_program(host: Toolstack, cache: Path) -> None:
@@ -265,3 +268,66 @@ def test_link_that_leads_elsewhere_by_now_makes_a_new_copy(host: Toolstack, cach
     link.symlink_to("libx.so.1.2")
     lives(host.create(Domain(name="a")))
     assert str(link) not in {path for path, *_ in json.loads(manifest.read_text())["sources"]}
+
+
+def test_copies_share_what_they_have_in_common(host: Toolstack, cache: Path) -> None:
+    lives(host.create(Domain(name="a", machine="pc")))
+    lives(host.create(Domain(name="b", machine="q35")))
+    one, other = folders(cache)
+    alone: list[int] = []
+    for path in one.rglob("*"):
+        twin = other / path.relative_to(one)
+        if path.is_file() and path.name != "manifest.json" and (not twin.exists() or not path.samefile(twin)):
+            alone.append(path.stat().st_size)
+    assert sum(alone) < 1 << 20, alone
+    (program,) = one.rglob("qemu-system-x86_64")
+    assert (program.stat().st_nlink, program.stat().st_mode & 0o7777) == (2, 0o111)
+    shutil.rmtree(one)  # whichever goes, the other one is whole
+    lives(host.create(Domain(name="c", machine="pc")))
+    lives(host.create(Domain(name="d", machine="q35")))
+
+
+def test_copy_that_is_not_as_it_was_is_not_shared(host: Toolstack, cache: Path) -> None:
+    lives(host.create(Domain(name="a", machine="pc")))
+    (first,) = folders(cache)
+    (short,) = first.rglob("bios-256k.bin")
+    (open_to_all,) = first.rglob("kvmvapic.bin")
+    short.chmod(0o755)
+    short.write_bytes(b"short")
+    short.chmod(0o555)
+    open_to_all.chmod(0o777)
+    lives(host.create(Domain(name="b", machine="q35")))
+    (second,) = (folder for folder in folders(cache) if folder != first)
+    for name in (short.name, open_to_all.name):
+        (copy,) = second.rglob(name)
+        assert copy.stat().st_mode & 0o7777 == 0o555
+        assert copy.stat().st_nlink == 1
+        assert copy.stat().st_size > 5
+
+
+def test_of_many_copies_those_not_used_for_long_are_removed(host: Toolstack, cache: Path) -> None:
+    lives(host.create(Domain(name="a", machine="pc")))
+    (first,) = folders(cache)
+    now = time.time()
+    for number in range(40):
+        folder = shutil.copytree(first, first.with_name(f"copy{number:02}"))
+        # The last three have been chosen by a start a moment ago, which may not have come to use them.
+        then = now - (1 if number >= 37 else 86400 + number)
+        os.utime(folder / "manifest.json", (then, then))
+    lives(host.create(Domain(name="b", machine="q35")))
+    left = {folder.name for folder in folders(cache)}
+    assert len(left) == 32
+    assert first.name in left
+    assert {f"copy{number}" for number in (37, 38, 39)} <= left
+    assert {f"copy{number:02}" for number in range(27)} <= left
+    lives(host.create(Domain(name="c", machine="pc")))
+
+
+def test_copies_in_use_are_kept_however_many(host: Toolstack, cache: Path) -> None:
+    lives(host.create(Domain(name="a", machine="pc")))
+    (first,) = folders(cache)
+    for number in range(40):
+        shutil.copytree(first, first.with_name(f"copy{number:02}"))
+        os.utime(first.with_name(f"copy{number:02}") / "manifest.json")
+    lives(host.create(Domain(name="b", machine="q35")))
+    assert len(folders(cache)) == 42

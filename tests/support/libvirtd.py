@@ -38,10 +38,11 @@ log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 _PREPARE = """
 set -e
 for folder in "$@"; do mount -t tmpfs -o mode=755 depriv-tests "$folder"; done
-for file in passwd group; do cp /etc/$file /run/libvirt/$file; done
-grep -q ^libvirt-qemu: /etc/passwd || echo libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin >> /run/libvirt/passwd
-grep -q ^libvirt-qemu: /etc/group || echo libvirt-qemu:x:64055: >> /run/libvirt/group
-for file in passwd group; do mount --bind /run/libvirt/$file /etc/$file; done
+cd /run/libvirt
+cp /etc/passwd /etc/group .
+grep -q ^libvirt-qemu: passwd || echo libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin >> passwd
+grep -q ^libvirt-qemu: group || echo libvirt-qemu:x:64055: >> group
+for file in passwd group; do mount --bind $file /etc/$file; done
 """
 
 
@@ -59,16 +60,18 @@ class Libvirt:
         (self.root / "etc/libvirt/qemu.conf").write_text(qemu_conf)
         text = _LIBVIRTD_CONF.format(uuid=uuid.uuid4())
         (self.root / "etc/libvirt/libvirtd.conf").write_text(text)
-        self._daemon = subprocess.Popen(
-            self._in("libvirtd", "-f", "/etc/libvirt/libvirtd.conf", "-p", "/run/libvirt/libvirtd.pid"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._start("virtlogd", "virtlogd-sock")
+        self._start("libvirtd", "libvirt-sock", "--config", "/etc/libvirt/libvirtd.conf")
+
+    def _start(self, name: str, socket: str, *words: str) -> None:
+        argv = self._in(name, *words, "--pid-file", f"/run/libvirt/{name}.pid")
+        null = subprocess.DEVNULL
+        self._daemons.insert(0, subprocess.Popen(argv, stdin=null, stdout=null, stderr=null))
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not (self.root / "run/libvirt/libvirt-sock").exists():
-            if self._daemon.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"libvirtd did not start: {self.log()}")
+        while not (self.root / "run/libvirt" / socket).exists():
+            if self._daemons[0].poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{name} did not start: {self.log()}")
             time.sleep(0.02)
 
     def __enter__(self) -> Self:
@@ -82,8 +85,9 @@ class Libvirt:
             for name in names:
                 self.virsh("destroy", name)
         finally:
-            self._daemon.terminate()
-            self._daemon.wait(30)
+            for daemon in self._daemons:
+                daemon.terminate()
+                daemon.wait(30)
             for path in self._made:
                 with contextlib.suppress(OSError):
                     os.rmdir(path)

@@ -364,3 +364,38 @@ def test_default_monitor_is_named_since_ours_would_take_its_place() -> None:
     assert words("-vnc", ":0").endswith("vc,id=compat_monitor0,cols=80,rows=24 -monitor chardev:compat_monitor0")
     assert words("-nographic", "-nodefaults").endswith("-nographic -nodefaults")
     assert not _request("-nographic", "-nodefaults", bare=()).stdio
+
+
+def test_own_streams_and_monitors_keep_their_roles_whatever_a_device_is_called() -> None:
+    request = _request(
+        *(
+            word
+            for name in ("qmp", "events", "log")
+            for word in ("-chardev", f"socket,id={name},path=/x{name},server=on")
+        )
+    )
+    assert [item.role for item in request.listens] == ["qmp-2", "events-2", "log-2"]
+    assert ["id=qmp" in word for word in request.argv].count(True) == 1
+
+
+def test_log_may_be_a_set_of_the_callers() -> None:
+    request = _request("-add-fd", "fd=7,set=3", "-chardev", "pty,id=c,logfile=/dev/fdset/3,logappend=on")
+    assert request.argv[-1] == "pty,id=c,logfile=/dev/fdset/3,logappend=on"
+    assert [type(item) for item in request.openings] == [Inherited]
+
+
+@pytest.mark.parametrize("option", ["-serial", "-parallel"])
+def test_monitor_beside_a_serial_port_is_the_only_one(option: str) -> None:
+    """As -nographic has it: a second one would want the same standard input."""
+    argv = _request("-nographic", "-nic", "none", option, "mon:stdio", bare=()).argv
+    assert "-monitor" not in argv
+    assert argv.count("-mon") == 1
+
+
+def test_configuration_that_cannot_be_read_is_named() -> None:
+    def read(path: str) -> str:
+        raise ValueError(f"{path} is no regular file")
+
+    with pytest.raises(ConfigError, match="word 1, -readconfig x.cfg: cannot read /srv/vm/x.cfg") as caught:
+        translate(("-readconfig", "x.cfg"), look=_look, allowed=Allowed(), cwd="/srv/vm", read=read)
+    assert "no regular file" in str(caught.value.cause)

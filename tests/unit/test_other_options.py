@@ -236,7 +236,6 @@ def test_another_device_of_the_accelerator_is_refused() -> None:
         ("-version",),
         ("-h",),
         ("-help",),
-        ("-machine", "none"),
         ("-M", "help"),
         ("-cpu", "help"),
         ("-device", "help"),
@@ -249,16 +248,61 @@ def test_another_device_of_the_accelerator_is_refused() -> None:
         ("-d", "help"),
         ("-trace", "help"),
         ("-vga", "help"),
+        ("-boot", "help"),
+        ("-smp", "help"),
+        ("-action", "help"),
+        ("-rtc", "help"),
+        ("-msg", "?"),
     ],
 )
 def test_words_that_only_print_have_no_guest(argv: tuple[str, ...]) -> None:
     done = Done(*argv)
     assert done.request.no_guest
+    assert done.draft.dry == done.draft.argv  # it is they that are asked
     assert done.draft.argv[0] == argv[0].replace("-M", "-machine")
 
 
 def test_a_guest_is_one_where_help_is_a_value_of_something_else() -> None:
     assert not Done("-device", "VGA,id=help", "-name", "help").request.no_guest
+    assert not Done("-k", "help", "-append", "help", "-boot", "order=help").request.no_guest
+
+
+def test_machine_without_anything_waits_for_words_as_any_other() -> None:
+    """libvirt asks such a one what it can do, by QMP."""
+    assert not Done("-machine", "none").request.no_guest
+
+
+def test_memory_is_reserved_for_qemu_cannot_ask_whether_it_need_not() -> None:
+    done = Done("-object", "memory-backend-ram,id=m,size=64M,reserve=off")
+    assert done.argv == "-object qom-type=memory-backend-ram,id=m,size=64M"
+    assert "reserve= is left out" in done.notes[0]
+    done = Done("-object", '{"qom-type":"memory-backend-memfd","id":"m","size":4096,"reserve":false}')
+    assert done.argv == '-object {"qom-type":"memory-backend-memfd","id":"m","size":4096}'
+    assert Done("-object", "memory-backend-ram,id=m,size=64M,reserve=on").notes == []
+
+
+@pytest.mark.parametrize("argv", [("-vga", "qxl"), ("-device", "qxl"), ("-device", "qxl-vga,id=v")])
+def test_card_of_a_server_that_there_is_not_is_refused(argv: tuple[str, ...]) -> None:
+    assert "virtio" in refused(*argv).fix
+
+
+def test_state_that_is_told_later_is_waited_for() -> None:
+    assert Done("-incoming", "defer").request.waits
+    assert not Done("-incoming", "fd:5").request.waits
+
+
+def test_options_for_disks_by_iscsi_are_left_out() -> None:
+    done = Done("-iscsi", "initiator-name=iqn.1993-08.org.debian:01:aabb")
+    assert done.argv == ""
+    assert "not passed on" in done.notes[0]
+
+
+def test_relative_path_needs_a_folder() -> None:
+    draft = Draft(look, Allowed(), "", {})
+    word = Word(name="kernel", value="bzImage", place=1, text="-kernel bzImage")
+    with pytest.raises(ConfigError, match="the current folder has been removed"):
+        draft.path(word, "bzImage")
+    assert draft.path(word, "/vm/bzImage") == "/vm/bzImage"
 
 
 def test_locked_memory_is_refused() -> None:
