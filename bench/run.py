@@ -29,6 +29,7 @@ from tests.support.lines import fill
 
 from depriv.errors import MonitorError
 from depriv.qmp import Monitor
+from depriv.status import status as said
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPRIV = [str(Path(sys.executable).parent / "depriv"), "run", "--"]
@@ -54,7 +55,7 @@ def started(argv: list[str], folder: Path) -> float:
             if run.poll() is not None:
                 raise RuntimeError(f"it ended with {run.returncode}: {shlex.join(argv)}")
             with contextlib.suppress(MonitorError), Monitor.connect(str(path), timeout_s=10) as monitor:
-                while monitor.execute("query-status", timeout_s=10)["status"] != "running":
+                while said(monitor, 10) != "running":
                     time.sleep(0.0005)
                 took = time.perf_counter() - begun
             time.sleep(0.0005)

@@ -445,12 +445,8 @@ def _until_its_end(jail: Jail, entry: Entry, log: Copy | None, given: Input) -> 
     try:
         while True:
             waited, event = given.waits()
-            heard = poll()  # not select(2): the caller may have more than 1024 descriptors open
-            for fd in (jail.fileno(), wake, *([log.fileno()] if log is not None and not log.is_full() else [])):
-                heard.register(fd, POLLIN)
-            if waited >= 0:
-                heard.register(waited, event)
-            ready = [fd for fd, _ in heard.poll()]
+            logs = [log.fileno()] if log is not None and not log.is_full() else []
+            ready = _await_any({**dict.fromkeys((jail.fileno(), wake, *logs), POLLIN), waited: event})
             if log is not None:
                 log.copy()
             if waited in ready:
@@ -465,6 +461,15 @@ def _until_its_end(jail: Jail, entry: Entry, log: Copy | None, given: Input) -> 
             signal.signal(number, handler)
         for fd in (pidfd, wake, tell):
             os.close(fd)
+
+
+def _await_any(events: dict[int, int]) -> list[int]:
+    """Return which descriptors have one of their events; not by select(2): the caller may have more than 1024 open."""
+    heard = poll()
+    for fd, event in events.items():
+        if fd >= 0:
+            heard.register(fd, event)
+    return [fd for fd, _ in heard.poll()]
 
 
 def _log(launch: Launch) -> contextlib.AbstractContextManager[Copy | None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs under QEMU's names, as tools call them that know nothing of depriv: Ganeti's kvm_path, labgrid's qemu_bin."""
+"""Programs under QEMU's names, for tools that know nothing of depriv: Ganeti's kvm_path, labgrid's qemu_bin."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.guests import CommandLine, await_end, seeded
 from tests.support.lines import running
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
@@ -27,13 +23,13 @@ QUIET = ("-m", "32", "-nic", "none", "-nodefaults", "-display", "none")
 
 
 @pytest.fixture
-def inside(depriv: CommandLine, tmp_path: Path) -> Iterator[CommandLine]:
+def inside(depriv: CommandLine, tmp_path: Path) -> CommandLine:
     """Return a namespace in which a shim of the real program is, as a tool would call it."""
     seeded(Path(depriv.state_dir))
     enter = depriv.argv()[: depriv.argv().index("--") + 1]
     done = subprocess.run([*enter, DEPRIV, "shim", str(tmp_path / "shim")], capture_output=True, text=True, check=True)
     assert str(tmp_path / "shim/qemu-system-x86_64") in done.stdout.split()
-    yield depriv
+    return depriv
 
 
 def call(inside: CommandLine, tmp_path: Path, *words: str) -> list[str]:
@@ -117,10 +113,11 @@ def test_shim_never_takes_qemus_own_place(tmp_path: Path) -> None:
 
 
 def test_shim_is_replaced_whole_and_keeps_the_options(tmp_path: Path) -> None:
+    made = tmp_path / "qemu-system-x86_64"
     for words in ([], ["--keep-net", "--probe-format", "--user", "it's me"]):
         argv = [DEPRIV, "shim", *words, str(tmp_path), "--qemu", "/usr/bin/qemu-system-x86_64"]
         subprocess.run(argv, check=True, capture_output=True, timeout=30)
-        (made,) = tmp_path.iterdir()
+        assert list(tmp_path.iterdir()) == [made]
         assert made.stat().st_mode & 0o777 == 0o755
     last = made.read_text().splitlines()[-1]
     options = "--user 'it'\\''s me' --keep-net --probe-format"

@@ -35,7 +35,7 @@ def _boot_sector(code: str) -> bytes:
 
 
 def _bzimage() -> bytes:
-    """Return what QEMU loads as a Linux kernel: its header, then nothing. Documentation/arch/x86/boot.rst, Linux 6.1."""
+    """Return what QEMU loads as a Linux kernel: its header alone. Documentation/arch/x86/boot.rst, Linux 6.1."""
     image = bytearray(0x8000)
     image[0x1F1] = 1  # setup_sects
     image[0x1FE:0x206] = b"\x55\xaa\xeb\x66HdrS"

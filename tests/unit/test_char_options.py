@@ -396,6 +396,6 @@ def test_configuration_that_cannot_be_read_is_named() -> None:
     def read(path: str) -> str:
         raise ValueError(f"{path} is no regular file")
 
-    with pytest.raises(ConfigError, match="word 1, -readconfig x.cfg: cannot read /srv/vm/x.cfg") as caught:
+    with pytest.raises(ConfigError, match=r"word 1, -readconfig x\.cfg: cannot read /srv/vm/x\.cfg") as caught:
         translate(("-readconfig", "x.cfg"), look=_look, allowed=Allowed(), cwd="/srv/vm", read=read)
     assert "no regular file" in str(caught.value.cause)

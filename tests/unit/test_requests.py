@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from depriv.assembly import Launch
 from depriv.check import SANDBOX
 from depriv.config import fit_name
 from depriv.errors import ConfigError, PlanError
@@ -19,6 +18,9 @@ from depriv.qemu.draft import Allowed
 from depriv.qemu.translate import translate
 from depriv.requests import Run, plan_run, plan_run_discovery
 from depriv.steps import Execute, MakeFifo, OpenFile, SetLimit, TakeFd, Unshare
+
+if TYPE_CHECKING:
+    from depriv.assembly import Launch
 
 _HOST = Path(__file__).parents[1] / "golden/hosts/debian12.json"
 _FILES = {
@@ -140,7 +142,7 @@ def test_copy_of_qemus_files_is_shared_by_lines_that_load_the_same(
 
 
 def file_limit(*words: str) -> int:
-    return next(step.value for step in steps(launch(*words), SetLimit) if step.name == "FSIZE")
+    return int(next(step.value for step in steps(launch(*words), SetLimit) if step.name == "FSIZE"))
 
 
 def test_no_write_that_is_meant_to_be_fails_by_the_limit_on_files() -> None:
