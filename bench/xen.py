@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4
 LIMIT_S = 300.0
 ENTRY = "#!/usr/bin/python3 -I\nfrom depriv.dm import main\nmain()\n"
-OVERRIDE: dict[str, Any] = {"device_model_version": "qemu-xen", "device_model_override": "/usr/bin/depriv-dm", "dm_restrict": 1}
+OVERRIDE: dict[str, Any] = {
+    "device_model_version": "qemu-xen",
+    "device_model_override": "/usr/bin/depriv-dm",
+    "dm_restrict": 1,
+}
 
 
 def created_s(dom0: Dom0, config: str, name: str) -> float:

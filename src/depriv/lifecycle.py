@@ -220,15 +220,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
             wish.refuse_name(others)
             registry.add(entry, held)
         try:
-            host = wish.look(entry.domid, others)
-            launch = wish.plan(host)
-            with registry.locked():
-                others = _holdings(registry, entry, instead)
-                if others != host.holdings:  # somebody else's start or end came first: he may have what we planned for
-                    host = host.replace(holdings=others)
-                    launch = wish.plan(host)
-                entry = _committed(entry, launch)
-                registry.save(entry)
+            host, launch, entry = _planned(wish, registry, entry, others, instead)
             times.append(("plan", time.monotonic()))
             for text in launch.warnings:
                 warn(text)
@@ -258,6 +250,22 @@ def _start(  # noqa: PLR0913 (what one start is made of)
                 _forget(entry, registry)
             raise
     return entry, report, launch
+
+
+def _planned(
+    wish: Wish, registry: Registry, entry: Entry, others: tuple[Holding, ...], instead: Entry | None
+) -> tuple[Host, Launch, Entry]:
+    """Plan, and write down what the jail is about to make and open."""
+    host = wish.look(entry.domid, others)
+    launch = wish.plan(host)
+    with registry.locked():
+        others = _holdings(registry, entry, instead)
+        if others != host.holdings:  # somebody else's start or end came first: he may have what we planned for
+            host = host.replace(holdings=others)
+            launch = wish.plan(host)
+        entry = _committed(entry, launch)
+        registry.save(entry)
+    return host, launch, entry
 
 
 def _is_uid_held(error: BaseException) -> bool:

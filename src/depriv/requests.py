@@ -89,7 +89,12 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         accel=accel,
         memory_mib=request.memory_mib,
         vcpus=request.vcpus,
-        environ=(f"TZ={run.time_zone}", *((f"XEN_DOMAIN_ID={request.domid}",) if request.domid else ())),
+        environ=(
+            f"TZ={run.time_zone}",
+            # Else QEMU until 8.1 tries each sound server of the host for a card without audiodev=. See audio/audio.c.
+            "QEMU_AUDIO_DRV=none",
+            *((f"XEN_DOMAIN_ID={request.domid}",) if request.domid else ()),
+        ),
         takes=() if discover else _takes(request, run.source_base),
         files=() if discover else request.files,
         listens=() if discover else tuple(step.replace(path=step.path + HELD) for step in request.listens),

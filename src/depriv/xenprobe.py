@@ -24,7 +24,7 @@ _PROGRAMS: Final = (
     "/usr/bin/qemu-system-x86_64",
 )
 # What libxl asks of a probe is whether QEMU has -run-with chroot= and user=; we take either spelling over.
-_GREETING: Final = {
+_GREETING: Final[dict[str, Any]] = {
     "QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": "depriv"}, "capabilities": []}
 }
 
@@ -65,7 +65,7 @@ def answer_probe(words: tuple[str, ...]) -> int:
             _serve(client, {"query-command-line-options": [_RUN_WITH]}, error="")
 
 
-_RUN_WITH: Final = {
+_RUN_WITH: Final[dict[str, Any]] = {
     "option": "run-with",
     "parameters": [{"name": "chroot", "type": "string"}, {"name": "user", "type": "string"}],
 }

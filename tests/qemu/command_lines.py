@@ -949,5 +949,4 @@ REFUSED = (
     Refused("mem-lock", "real-time guides", "-m 64 -nic none -nographic -overcommit mem-lock=on"),
     Refused("two-vnc", "wikis", "-m 64 -nic none -vnc :90 -vnc :91"),
     Refused("websocket", "noVNC guides", "-m 64 -nic none -vnc :90,websocket=on"),
-    Refused("memory", "anybody: more than there is", "-m 900T -nic none -nographic"),
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,10 @@ def state(folder: Path) -> dict[str, tuple[int, int, int]]:
 def test_refused_lines_are_refused_in_these_words_and_nothing_is_touched(
     depriv: CommandLine, folder: Path, request: pytest.FixtureRequest
 ) -> None:
+    peer = socket.socket(socket.AF_UNIX)
+    request.addfinalizer(peer.close)
+    peer.bind(str(folder / "peer.sock"))
+    peer.listen()
     before = state(folder)
     told: list[str] = []
     for line in REFUSED:

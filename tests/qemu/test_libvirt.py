@@ -62,7 +62,7 @@ XML = """
       <target dev='sda' bus='sata'/>
       <readonly/>
     </disk>
-    <interface type='ethernet'><target dev='tap-web1'/><model type='virtio'/></interface>
+    <interface type='ethernet'><mac address='52:54:00:1d:bf:0a'/><target dev='tap-web1'/><model type='virtio'/></interface>
     <serial type='file'><source path='@D@/serial.log'/></serial>
     <console type='pty'><target type='virtio'/></console>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
@@ -151,6 +151,13 @@ def await_none(depriv: CommandLine) -> None:
         time.sleep(0.05)
 
 
+def await_off(libvirt: Libvirt) -> None:
+    deadline = time.monotonic() + guests.PATIENCE_S
+    while libvirt.virsh("list", "--name").strip():
+        assert time.monotonic() < deadline, libvirt.log("web1")[-300:]
+        time.sleep(0.1)
+
+
 def known_pid(libvirt: Libvirt) -> int:
     """Return the pid that libvirt has for the domain."""
     return int((libvirt.root / "run/libvirt/qemu/web1.pid").read_text())
@@ -185,8 +192,8 @@ def test_domain_is_confined_runs_and_does_what_libvirt_says(
     libvirt.virsh("resume", "web1")
     libvirt.virsh("reset", "web1")
     await_said(folder, demo_guest.HELLO, 2)
-    assert_audited(depriv)
     libvirt.virsh("change-media", "web1", "sda", "--eject")
+    assert_audited(depriv)
     libvirt.virsh("destroy", "web1")
     await_none(depriv)
     assert depriv.run("gc").stdout == ""
@@ -214,10 +221,7 @@ def test_guest_that_is_told_to_shut_down_does_and_all_of_it_ends(
     libvirt.virsh("create", written(folder, shim, ("overlay.qcow2", "button.qcow2")))
     await_said(folder, "P")
     libvirt.virsh("shutdown", "web1")
-    deadline = time.monotonic() + guests.PATIENCE_S
-    while libvirt.virsh("list", "--name").strip():
-        assert time.monotonic() < deadline, libvirt.virsh("domstate", "web1", "--reason")
-        time.sleep(0.1)
+    await_off(libvirt)
     assert "reason=shutdown" in libvirt.log("web1")
     await_none(depriv)
 
@@ -229,6 +233,7 @@ def test_death_of_the_process_that_libvirt_knows_is_qemus(
     (row,) = depriv.rows()
     os.kill(known_pid(libvirt), signal.SIGKILL)
     assert guests.await_end(row["pid"])
+    await_off(libvirt)
     depriv.run("gc")
     assert depriv.rows() == []
     assert living(uids) == ()
@@ -260,8 +265,9 @@ def test_saved_domain_is_whole_but_is_refused_when_it_is_to_be_restored(
     assert "no word names it" in libvirt.virsh("restore", f"{folder}/saved", expect=1)
     assert depriv.rows() == []
     # The state itself is a good one: QEMU alone goes on with it.
-    changed = written(folder, QEMU)
-    libvirt.virsh("restore", f"{folder}/saved", "--xml", changed)
+    changed = folder / "changed.xml"
+    changed.write_text(libvirt.virsh("save-image-dumpxml", f"{folder}/saved").replace(shim, QEMU))
+    libvirt.virsh("restore", f"{folder}/saved", "--xml", str(changed))
     before = len(said(folder))
     deadline = time.monotonic() + guests.PATIENCE_S
     while len(said(folder)) == before:

@@ -81,6 +81,13 @@ def test_name_of_the_callers_is_not_said_twice() -> None:
     assert argv(launch("-name", "other")).count("-name") == 1
 
 
+def test_cards_without_a_sound_server_are_silent_and_search_for_none() -> None:
+    execute = launch("-device", "AC97").plan.steps[-1]
+    assert isinstance(execute, Execute)
+    assert "QEMU_AUDIO_DRV=none" in execute.environ
+    assert not [word for word in execute.environ if word.startswith(("HOME", "PATH", "XDG"))]
+
+
 def test_own_stop_stays_whatever_the_caller_says() -> None:
     assert argv(launch("-S", "-append", "-S")).count("-S") == 2  # the second is the kernel's
 

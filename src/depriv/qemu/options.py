@@ -155,7 +155,7 @@ _DISPLAYS = {
     "nographic": _flag(PASSED),
     "vnc": _value(BY_FD),
     "spice": _value(REFUSED, "its server takes no socket that is already open", "use -vnc 127.0.0.1:0"),
-    "vga": _value(PASSED),
+    "vga": _value(PASSED, "qxl is refused: it is SPICE's"),
     "g": _value(REFUSED, _OTHER, "leave it out, or use -device VGA,xres=X,yres=Y"),
     "full-screen": _flag(PASSED),
     "portrait": _flag(PASSED, "gone in QEMU 9.2"),
