@@ -303,14 +303,16 @@ def cd_insert(arguments: argparse.Namespace) -> int:
     """Put an image into a CD-ROM drive."""
     from depriv import cli_xen
 
-    return cli_xen.change_cd(_toolstack().guest(arguments.name), arguments.vdev, arguments.file)
+    host = _toolstack()
+    return cli_xen.change_cd(host.guest(arguments.name), host.registry, arguments.vdev, arguments.file)
 
 
 def cd_eject(arguments: argparse.Namespace) -> int:
     """Take the image out of a CD-ROM drive."""
     from depriv import cli_xen
 
-    return cli_xen.change_cd(_toolstack().guest(arguments.name), arguments.vdev, "")
+    host = _toolstack()
+    return cli_xen.change_cd(host.guest(arguments.name), host.registry, arguments.vdev, "")
 
 
 def save(arguments: argparse.Namespace) -> int:

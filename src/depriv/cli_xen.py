@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from depriv.api import Guest, Toolstack
     from depriv.config import Domain
     from depriv.entry import Entry
+    from depriv.registry import Registry
     from depriv.report import AuditReport
     from depriv.spawn import Jail
 
@@ -40,9 +41,9 @@ def save(guest: Guest, path: str) -> int:
     return 0
 
 
-def change_cd(guest: Guest, vdev: str, path: str) -> int:
+def change_cd(guest: Guest, registry: Registry, vdev: str, path: str) -> int:
     """Change the CD of a Xen domain; 1 if not every restriction holds afterwards."""
-    xl.change_cd(_xen(guest, "changes CDs of"), vdev, path)
+    xl.change_cd(_xen(guest, "changes CDs of"), registry, vdev, path)
     wrong = [check for check in guest.audit().checks if not check.holds]
     for check in wrong:
         print(f"FAIL  {check.id}  {check.have} (want {check.want})")

@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 
-from depriv import launching, xenstore
+from depriv import launching, status, xenstore
 from depriv.errors import ConfigError, DeprivError, HostError, PlanError
+from depriv.qemu.draft import SET_BASE
 from depriv.text import console_safe
+from depriv.untrusted import as_int, as_list, field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from depriv.report import AuditReport
 
 _TIMEOUT_S: Final = 600.0
+_QMP_TIMEOUT_S: Final = 30.0
 _SAID_MAX: Final = 2000  # characters of xl's that an error shows: the last ones
 OVERRIDE: Final = "depriv-dm"
 
@@ -113,7 +116,7 @@ def destroy(entry: Entry) -> None:
         run("destroy", str(entry.domid))
 
 
-def change_cd(entry: Entry, vdev: str, path: str) -> None:
+def change_cd(entry: Entry, registry: Registry, vdev: str, path: str) -> None:
     """Put an image into a CD-ROM drive, or with "" take out what is in it.
 
     Raises:
@@ -126,9 +129,22 @@ def change_cd(entry: Entry, vdev: str, path: str) -> None:
         said = run("cd-insert", str(entry.domid), vdev, path)
     else:
         said = run("cd-eject", str(entry.domid), vdev)
+    _close_sets(entry, registry)
     have = dict(xenstore.media(entry.domid)).get(vdev, "")
     if have != path:
         raise HostError(f"drive {vdev} of {entry.name} has {have or 'no CD'} in it", cause=said, fix="see: xl list -l")
+
+
+def _close_sets(entry: Entry, registry: Registry) -> None:
+    """Have QEMU close the descriptors that libxl has handed to it: libxl never does, and QEMU 10 keeps them for good.
+
+    What a drive uses stays open for it (monitor/fds.c, QEMU 10). Our own sets are those from SET_BASE on.
+    """
+    with status.connect(entry, registry, timeout_s=_QMP_TIMEOUT_S) as monitor:
+        for item in as_list(monitor.execute("query-fdsets", timeout_s=_QMP_TIMEOUT_S), "query-fdsets"):
+            number = field(item, "fdset-id", as_int, "query-fdsets")
+            if 0 <= number < SET_BASE:
+                monitor.execute("remove-fd", {"fdset-id": number}, timeout_s=_QMP_TIMEOUT_S)
 
 
 def console(entry: Entry) -> None:

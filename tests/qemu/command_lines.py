@@ -18,9 +18,9 @@ class Line(NamedTuple):
 
     name: str
     tool: str
-    words: str  # as a shell has them; $D is the folder, $P a free TCP port, $F a descriptor of a socket pair
+    words: str  # as a shell has them; $D is the folder, $P a free TCP port, $F that of a listening socket, $L of a log
     end: str  # how the tool ends it: "qmp PATH|PORT", "hmp PATH|PORT", "TERM", "INT", "HUP", "pidfile PATH", "stdin TEXT", "exit N"
-    needs: str = ""  # "passt" or a device node
+    needs: str = ""  # "passt"
 
 
 class Refused(NamedTuple):
@@ -85,13 +85,6 @@ LINES = (
         -device '{"driver":"virtio-rng-pci","rng":"objrng0","id":"rng0","bus":"pcie.0","addr":"0x3"}'
         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny -msg timestamp=on""",
         "qmp monitor.sock",
-    ),
-    Line(
-        "libvirt-capabilities",
-        "libvirt, src/qemu/qemu_process.c: asks a QEMU what it can do",
-        """-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg
-        -qmp unix:$D/qmp-probe.sock,server=on,wait=off -pidfile $D/qmp.pid -daemonize""",
-        "qmp qmp-probe.sock",
     ),
     Line(
         "libvirt-inherited-monitor",

@@ -229,6 +229,7 @@ class Started:
         elif kind in ("TERM", "INT", "HUP"):
             self.process.send_signal(signal.Signals[f"SIG{kind}"])
         elif kind == "pidfile":
+            _await((self.folder / rest).exists, "there is a pidfile", self.said)
             os.kill(int((self.folder / rest).read_text()), signal.SIGTERM)
         elif kind == "stdin":
             assert self.process.stdin is not None
@@ -247,8 +248,10 @@ class Started:
         if where.isdecimal():
             made = socket.create_connection(("localhost", int(where)))
         else:
+            path = self.folder / ("own.sock" if where == "fd" else where)
+            _await(path.exists, f"there is {path}", self.said)  # sockets get their names when all is audited
             made = socket.socket(socket.AF_UNIX)
-            made.connect(str(self.folder / ("own.sock" if where == "fd" else where)))
+            made.connect(str(path))
         with made:
             made.settimeout(PATIENCE_S)
             made.sendall(text)

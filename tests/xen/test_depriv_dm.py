@@ -201,7 +201,8 @@ def test_cd_is_changed_by_deprivs_verbs(host: Dom0, guest: Guest) -> None:
     refused(host, "cd-insert", guest.name, "hdd", "/guests/two.iso")
 
 
-def test_screen_is_read_by_vnc(host: Dom0, guest: Guest) -> None:
+@pytest.mark.usefixtures("guest")
+def test_screen_is_read_by_vnc(host: Dom0) -> None:
     width, height, kind, colours = map(int, host.must(["python3", "-c", FRAME], timeout_s=CREATE_S).split())
     assert (width, height, kind) == (720, 400, 0)
     assert colours > 1  # something is on it
