@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,15 +52,17 @@ def test_shim_answers_as_qemu_does(inside: CommandLine, tmp_path: Path, words: s
 
 def test_pid_that_the_tool_knows_stays_the_shims(inside: CommandLine, tmp_path: Path) -> None:
     argv = call(inside, tmp_path, *QUIET, "-name", "web1")
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process, contextlib.ExitStack() as kept:
         deadline = time.monotonic() + 20
         while not (entry := running(inside)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        kept.callback(os.kill, entry["toolstack_pid"], signal.SIGKILL)  # whoever that is, if it is not as it should be
         assert entry["toolstack_pid"] == process.pid
         inside.run("audit", "web1")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+        kept.pop_all()
     assert await_end(entry["expected"]["pid"])
     assert running(inside) == {}
 
