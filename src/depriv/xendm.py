@@ -55,11 +55,19 @@ class DeviceModel:
             base = f"/local/domain/{self._domid}"
             recorded = store.read(f"{base}/image/device-model-pid")
             self._kill_uid = store.read(f"{base}/image/device-model-kill-uid")
+            served = _served(store, self._domid)
         if recorded != str(os.getpid()):
             raise ConfigError(
                 f"domain {self._domid} is not ours",
                 cause=f"libxl has recorded {'no process' if recorded is None else f'process {recorded}'} for it",
                 fix="depriv-dm is started by libxl; start the domain with xl create",
+            )
+
+        if served:
+            raise ConfigError(
+                f"disk {served} would be served by a QEMU that cannot be confined",
+                cause="a PV disk whose back end is QEMU (qdisk) needs xenstore and the guest's grants while it runs",
+                fix="make it raw: then blkback in domain 0 serves it; or give it an hd vdev",
             )
 
     def run(self, program: str) -> int:
@@ -97,6 +105,16 @@ class DeviceModel:
 
 def _libxl(domid: int) -> str:
     return f"/libxl/{domid}/device/vkbd"
+
+
+def _served(store: xenstore.Xenstore, domid: int) -> str:
+    """Return a PV disk that libxl wants this QEMU to serve, or ""."""
+    base = f"/libxl/{domid}/device/vbd"
+    for name in store.list(base):
+        vdev = store.read(f"{base}/{name}/dev") or ""
+        if vdev.startswith("xvd") and store.read(f"{base}/{name}/type") == "qdisk":
+            return vdev
+    return ""
 
 
 def _domid(words: tuple[str, ...]) -> int:

@@ -88,7 +88,8 @@ def test_question_is_answered_as_qemu_answers_it(depriv: CommandLine, words: str
 
 
 def test_who_answers_a_question_is_nobody_with_nothing_to_gain(depriv: CommandLine) -> None:
-    with started(depriv, "-trace", "help", stdout=subprocess.PIPE, extra_groups=[1, 2]) as process:  # more than a pipe holds: it waits
+    # The list is more than a pipe holds: it waits.
+    with started(depriv, "-trace", "help", stdout=subprocess.PIPE, extra_groups=[1, 2]) as process:
         assert process.stdout is not None
         assert select.select([process.stdout], (), (), PATIENCE_S)[0]
         with open(f"/proc/{process.pid}/status", encoding="ascii") as file:

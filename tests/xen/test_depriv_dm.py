@@ -268,6 +268,17 @@ def test_domain_that_is_not_restricted_is_refused(host: Dom0) -> None:
     assert "dm_restrict = 1" in log, done
 
 
+@pytest.mark.only_on("trixie")
+def test_pv_disk_that_qemu_would_serve_is_refused(host: Dom0) -> None:
+    host.must("qemu-img create -q -f qcow2 /root/pv.qcow2 1M")
+    config = host.guest_config("served", **OVERRIDE)
+    disk = 'disk += [ "format=qcow2,vdev=xvdb,access=rw,target=/root/pv.qcow2" ]\n'
+    host.write(config, host.get(config) + disk.encode())
+    done = host.run(["xl", "create", config], timeout_s=CREATE_S)
+    assert host.domid("served") is None
+    assert "disk xvdb would be served by a QEMU that cannot be confined" in done.err
+
+
 def test_domain_of_somebody_else_is_refused(host: Dom0) -> None:
     words = ["-xen-domid", "0077", "-xen-domid-restrict", "-chardev", "socket,id=libxl-cmd,fd=9,server=on"]
     done = host.run(["depriv-dm", *words])
