@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.support import guests, iso, libvirtd
 from tests.support.guests import CommandLine
-from tests.support.host import living, need
+from tests.support.host import living, need, settled, snapshot
 from tests.support.lines import free_port
 from tests.support.network import own_network
 
@@ -84,12 +84,15 @@ POWER_BUTTON = "ba0206 b80001 ef fb f4 baf803 b050 ee ba0006 ed f6c401 74f0 ba04
 
 @pytest.fixture(scope="module")
 def depriv(uids: range) -> Iterator[CommandLine]:
-    """Return the command line, in a network of its own, for libvirt makes taps."""
+    """Return the command line, in a network of its own, for libvirt makes taps; the host is then as it was before."""
+    where: dict[str, Any] = {"uids": uids, "domids": guests.DOMIDS}
+    before = snapshot(**where)
     with own_network(route=False):
         made = CommandLine()
         yield made
         made.close()
-    assert living(uids) == ()
+    # But for descriptors: pytest has others by now.
+    assert settled(before, where).replace(fds=()) == before.replace(fds=())
 
 
 @pytest.fixture(scope="module")
