@@ -42,6 +42,12 @@ def network(uids: range) -> Iterator[None]:
     assert living(range(base + tool_domid(DOMIDS[-1]), base + tool_domid(DOMIDS[0]) + 1)) == ()
 
 
+@pytest.fixture(scope="module")
+def kernel() -> linux.LinuxGuest:
+    """Return a guest: fetched before the test is in a network of its own, which leads nowhere."""
+    return linux.linux_guest()
+
+
 class Run:
     """A `depriv run` that goes on, with pipes for its terminal."""
 
@@ -135,8 +141,9 @@ def _only_loopback(pid: int) -> bool:
     return len(lines) == 1 and lines[0].split()[0] == "lo:" and lines[0].split()[1] == "0"
 
 
-def test_linux_guest_reaches_the_host_and_is_reached_and_qemu_is_in_no_network(depriv: CommandLine) -> None:
-    kernel = linux.linux_guest()
+def test_linux_guest_reaches_the_host_and_is_reached_and_qemu_is_in_no_network(
+    depriv: CommandLine, kernel: linux.LinuxGuest
+) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_server(("127.0.0.1", 0)) as free:
         forward = free.getsockname()[1]
