@@ -171,8 +171,8 @@ def test_linux_guest_reaches_the_host_and_is_reached_and_qemu_is_in_no_network(
             peer.sendall(b"from the host\n")
         assert "from the host" in run.wait_for("DONE")
         # In.
-        run.type("(sleep 4; echo from inside; sleep 2) | nc -l -p 2222; echo D''ONE")
-        time.sleep(1)
+        run.type("(sleep 8; echo from inside; sleep 2) | nc -l -p 2222; echo D''ONE")
+        time.sleep(3)  # the guest listens by then
         with socket.create_connection(("127.0.0.1", forward), timeout=20) as inside:
             inside.sendall(b"from outside\n")
             assert _line(inside) == b"from inside\n"
