@@ -77,7 +77,7 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         ImageFile(role=disk.role, facts=disk.facts, format=disk.format, writable=disk.writable)
         for disk in request.disks
     ]
-    refuse_in_use([(image, {}) for image in images], host.holdings)
+    refuse_in_use([(image, {}) for image in images], host.holdings, readonly="readonly=on")
     warnings = [note.text for note in request.notes if note.warning]
     if run.keep_net:
         warnings.append("--keep-net: QEMU stays in the host's network: whoever takes it over can connect to anything")

@@ -87,7 +87,7 @@ def chains(config: Domain, host: Host, warnings: list[str]) -> tuple[Chain, ...]
         _check_vdev(config, disk)
         result.append(_chain(config, host, disk, warnings) if disk.target else ())
     placed = [(file, config.place(file.role.partition("-")[0])) for chain in result for file in chain]
-    refuse_in_use(placed, host.holdings)
+    refuse_in_use(placed, host.holdings, readonly="access=ro")
     files = sum(len(chain) for chain in result)
     if files > FILES_MAX:
         raise ConfigError(
@@ -236,12 +236,15 @@ def _backing_line(disk: Disk, facts: FileFacts) -> str:
     return "disk_backing = [" + ", ".join(repr(item) for item in items) + "]"
 
 
-def refuse_in_use(files: list[tuple[ImageFile, dict[str, Any]]], holdings: tuple[Holding, ...]) -> None:
+def refuse_in_use(
+    files: list[tuple[ImageFile, dict[str, Any]]], holdings: tuple[Holding, ...], *, readonly: str
+) -> None:
     """Refuse an image that two write, or one writes while another reads: here, or in another domain.
 
     Args:
         files: All images of the domain, each with its place for messages.
         holdings: What the other domains hold.
+        readonly: What the user writes to have an image read-only.
 
     Raises:
         ConfigError: which, and who has it.
@@ -266,7 +269,7 @@ def refuse_in_use(files: list[tuple[ImageFile, dict[str, Any]]], holdings: tuple
                 f"{file.facts.path} for {file.role} is in use by {who}",
                 cause=f"{who} {'writes' if writes else 'reads'} it, and this one would "
                 f"{'write' if writable else 'read'} it",
-                fix="give each its own image, or make it read-only in both",
+                fix=f"give each its own image, or make it read-only ({readonly}) in both",
                 **place,
             )
         before = seen.get(key)
