@@ -62,6 +62,8 @@ def check(plan: Plan) -> None:
     """Raise ``ValueError`` with one sentence if a plan would do, or leave out, what no plan may."""
     if not plan.domain or "/" in plan.domain or "\0" in plan.domain:
         raise ValueError("the plan names no domain")
+    if plan.tool not in ("", "passt", "qemu-img"):
+        raise ValueError(f"no tool {plan.tool[:40]!r} is known")
     if not plan.steps:
         raise ValueError("the plan is empty")
     for step in (*plan.steps, *plan.after):
@@ -128,7 +130,7 @@ def _check_order(plan: Plan) -> None:
 
 def _check_once(plan: Plan) -> None:
     kinds = [type(step) for step in plan.steps]
-    for kind in _ONCE_PASST if plan.tool else _ONCE if plan.restricted else _ONCE_UNRESTRICTED:
+    for kind in _ONCE_PASST if plan.tool == "passt" else _ONCE if plan.restricted else _ONCE_UNRESTRICTED:
         if kinds.count(kind) != 1:
             raise ValueError(f"a plan has the step {kind.__name__} exactly once, this one {kinds.count(kind)} times")
     if kinds.count(steps.Reap) != (0 if plan.shared else 1):
@@ -196,20 +198,26 @@ def _check_restricted(plan: Plan) -> None:
 
 
 def _check_tool(plan: Plan) -> None:
-    """A tool is one that is known, restricted, with nothing of QEMU's; passt is in the host's network for its guest."""
-    if plan.tool != "passt":
-        raise ValueError(f"no tool {plan.tool[:40]!r} is known")
-    if not (plan.restricted and plan.keep_net) or plan.after:
-        raise ValueError("passt is restricted, in the host's network, and has its root replaced by itself")
+    """A tool is restricted, with nothing of QEMU's; passt is in the host's network for its guest."""
+    if not plan.restricted or plan.keep_net != (plan.tool == "passt") or plan.after:
+        raise ValueError("a tool is restricted, alone passt is in the host's network, and none has its root emptied")
     for step in plan.steps:
         if isinstance(step, steps.MakeNode) and step.path != "/dev/null":
-            raise ValueError(f"passt has no use for {step.path}")
+            raise ValueError(f"{plan.tool} has no use for {step.path}")
         if isinstance(step, steps.OpenFile) and step.access != "ro":
-            raise ValueError(f"passt writes no file: {step.path}")
+            raise ValueError(f"{plan.tool} writes no file: {step.path}")
+        if isinstance(step, steps.SetLimit) and step.name == "FSIZE" and step.value != 0:
+            raise ValueError(f"{plan.tool} writes no file: FSIZE is 0")
         if isinstance(step, steps.Execute):
-            words = step.argv
-            if words.count("--fd") != 1 or words.count("--foreground") != 1 or set(words) & _PASST_NEVER:
-                raise ValueError("passt gets its guest by descriptor, stays our child, and writes no files")
+            _check_tools_words(plan.tool, step.argv)
+
+
+def _check_tools_words(tool: str, words: tuple[str, ...]) -> None:
+    if tool == "passt":
+        if words.count("--fd") != 1 or words.count("--foreground") != 1 or set(words) & _PASST_NEVER:
+            raise ValueError("passt gets its guest by descriptor, stays our child, and writes no files")
+    elif words[1:-1] != ("info", "--output=json") or not words[-1].startswith('json:{"file":{"driver":"nbd",'):
+        raise ValueError("qemu-img only tells about the image that it is served")
 
 
 def _check_emptied(plan: Plan) -> None:

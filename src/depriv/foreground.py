@@ -93,10 +93,14 @@ def understand_with(words: tuple[str, ...], allowed: Allowed, *, cwd: str) -> Re
     request = translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text)
     if not request.unknown_formats:
         return request
-    formats = {disk.path: _format(disk.facts) for disk in request.unknown_formats}
+    probed = {disk.path: disk.facts for disk in request.unknown_formats}
+    formats = {path: _format(facts) for path, facts in probed.items()}
     request = translate(words, look=look, allowed=allowed, cwd=cwd, read=detect.read_text, formats=formats)
-    found = [Note(key="probe-format", text=f"{path} looks like {kind}: used as that") for path, kind in formats.items()]
-    return request.replace(notes=(*request.notes, *found))
+    found = [
+        Note(key="probe-format", text=f"{path} looks like {kind}: used as that, if qemu-img says so, too")
+        for path, kind in formats.items()
+    ]
+    return request.replace(notes=(*request.notes, *found), probed=tuple(probed.values()))
 
 
 def _format(facts: FileFacts) -> str:
@@ -171,9 +175,13 @@ class Wish(lifecycle.Wish):
         """Return its dry run."""
         return plan_run_discovery(self.run, host)
 
-    def prepare(self) -> None:
-        """Open what the toolstack opens."""
+    def prepare(self, entry: Entry) -> None:
+        """Open what the toolstack opens, once it is known what the images are."""
         if not self._prepared:  # a second attempt, with another uid, finds all open
+            if self.request.probed:
+                from depriv.imageprobe import confirm  # noqa: PLC0415 (only if it was asked for)
+
+                confirm(self.request.probed, entry, self._registry, self._cache_dir)
             for opening in self.request.openings:
                 self.opened.open(opening)
         self._prepared = True

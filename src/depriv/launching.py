@@ -213,14 +213,9 @@ def _how_it_ended(launched: Launched) -> str:
 
 
 def discover(launch: Launch, entry: Entry, registry: Registry) -> str:
-    """Do the dry run and return what it printed. Its QEMU ends with it.
-
-    Meanwhile its jail is the entry's: whoever undoes a start that was cut short here has to see that one dead. The
-    start's own has no plan yet, and does nothing.
-    """
+    """Do the dry run and return what it printed. Its QEMU ends with it."""
     try:
-        with Jail() as jail:
-            registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
+        with own_jail(entry, registry) as jail:
             launched = jail.launch(launch.plan, timeout_s=START_TIMEOUT_S)
             with status.closing(launched.pidfd), Log(f"{launch.directory}/log") as log:
                 if launch.xen_domid:
@@ -228,10 +223,24 @@ def discover(launch: Launch, entry: Entry, registry: Registry) -> str:
                 _await_prelaunch(launch, launched, log).close()
                 return log.raw()
     finally:
-        registry.save(entry)
         for name in ("qmp", "events", "log"):
             if os.path.lexists(f"{launch.directory}/{name}"):
                 os.unlink(f"{launch.directory}/{name}")
+
+
+@contextlib.contextmanager
+def own_jail(entry: Entry, registry: Registry) -> Generator[Jail]:
+    """Have a jail that does something before the start's own does: what it starts ends with it.
+
+    Meanwhile it is the entry's: whoever undoes a start that was cut short here has to see that one dead. The start's
+    own has no plan yet, and does nothing.
+    """
+    try:
+        with Jail() as jail:
+            registry.save(entry.replace(jail_pid=jail.pid, jail_starttime=proc.start_time(jail.pid)))
+            yield jail
+    finally:
+        registry.save(entry)
 
 
 def _own_folders(launched: Launched, log: Log) -> str:

@@ -92,7 +92,7 @@ class Wish:
         """Return its dry run."""
         return plan_discovery(self._config, host)
 
-    def prepare(self) -> None:
+    def prepare(self, entry: Entry) -> None:
         """Do what has to be done before the jail: nothing, for a configuration."""
 
     def late(self) -> tuple[Grant, ...]:
@@ -227,7 +227,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
             if wish.restricted:
                 runtime.ensure(launch, lambda: discover(wish.plan_discovery(host), entry, registry))
             times.append(("runtime", time.monotonic()))
-            wish.prepare()
+            wish.prepare(entry)
             entry, report = bring_up(
                 launch,
                 entry,

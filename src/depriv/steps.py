@@ -277,7 +277,7 @@ class Plan(Record):
     restricted: bool  # False: dm_restrict=0, said aloud everywhere
     shared: bool  # the configuration names the shared user: other domains may have its uid, so nothing is reaped
     keep_net: bool = False  # QEMU stays in the host's network namespace: asked for, said aloud everywhere
-    tool: str = ""  # "passt": no QEMU but what runs beside one; it encloses itself further
+    tool: str = ""  # no QEMU but what works for one: "passt", which encloses itself further, or "qemu-img"
     steps: tuple[Step, ...]
     after: tuple[Step, ...] = ()  # done on the toolstack's word, once QEMU has opened all it needs
 

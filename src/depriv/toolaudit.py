@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from depriv import proc
+from depriv.errors import HostError
 from depriv.report import Check, printable
 
 TYPE_CHECKING = False
@@ -14,19 +15,32 @@ if TYPE_CHECKING:
 
     from depriv.entry import Tool
 
-# All but the network's: that is what it is for. In a user namespace of its own making it has no id and no capability.
-_NAMESPACES = ("cgroup", "ipc", "mnt", "pid", "user", "uts")
+# passt has the host's network: that is what it is for. In a user namespace of its own making it has no id and no
+# capability.
+_NAMESPACES = {
+    "passt": ("cgroup", "ipc", "mnt", "pid", "user", "uts"),
+    "qemu-img": ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts"),
+}
 _CAPS = ("CapInh", "CapPrm", "CapEff", "CapAmb")  # not CapBnd: every new user namespace begins with a full one
-_FILTERS = 2  # ours, and its own, which comes last of all it does before it serves its guest
+# Ours; and passt's own, which comes last of all it does before it serves its guest.
+_FILTERS = {"passt": 2, "qemu-img": 1}
 
 
-def checks(tools: tuple[Tool, ...]) -> Iterable[Check]:
-    """Yield whether each of a domain's tools lives and is confined."""
+def refuse_unconfined(tools: tuple[Tool, ...], *, mounted: tuple[str, ...] = ()) -> None:
+    """Raise ``HostError`` if one of a domain's tools is not confined; what it had to say is lost."""
+    wrong = [check for check in checks(tools, mounted=mounted) if not check.holds]
+    if wrong:
+        cause = "; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong)
+        raise HostError(f"{tools[-1].name} is not confined", cause=cause)
+
+
+def checks(tools: tuple[Tool, ...], *, mounted: tuple[str, ...] = ()) -> Iterable[Check]:
+    """Yield whether each of a domain's tools lives and is confined; ``mounted``: what is in its root, by name."""
     own = {tool.pid for tool in tools}
     for place, tool in enumerate(tools):
         name = f"{tool.name}{place or ''}"
         try:
-            yield from tuple(_judge(tool, name, own))
+            yield from tuple(_judge(tool, name, own, mounted))
         except OSError:  # not ESRCH alone: what is ending has no mounts any more, EINVAL
             if not _is_gone(tool):
                 raise
@@ -47,10 +61,10 @@ def serves(tool: Tool) -> bool:
         filters = proc.read_status(tool.pid).get("Seccomp_filters", "0")
     except ProcessLookupError:
         return False
-    return filters.isdecimal() and int(filters) >= _FILTERS
+    return filters.isdecimal() and int(filters) >= _FILTERS[tool.name]
 
 
-def _judge(tool: Tool, name: str, own: set[int]) -> Iterable[Check]:
+def _judge(tool: Tool, name: str, own: set[int], mounted: tuple[str, ...]) -> Iterable[Check]:
     status = proc.read_status(tool.pid)
     spaces, hosts = proc.namespaces(tool.pid), proc.namespaces(os.getpid())
     mounts = proc.mounts(tool.pid)
@@ -67,12 +81,15 @@ def _judge(tool: Tool, name: str, own: set[int]) -> Iterable[Check]:
     yield _check(f"{name}.no_new_privs", "1", status["NoNewPrivs"])
     mode, filters = status["Seccomp"], status.get("Seccomp_filters", "0")
     holds = mode == "2" and serves(tool)
-    yield _check(f"{name}.seccomp", "mode 2, its own filter too", f"mode {mode} with {filters} filters", holds=holds)
-    shared = [space for space in _NAMESPACES if spaces.get(space) == hosts.get(space)]
+    filters_wanted = f"mode 2 with {_FILTERS[tool.name]} filters"
+    yield _check(f"{name}.seccomp", filters_wanted, f"mode {mode} with {filters} filters", holds=holds)
+    shared = [space for space in _NAMESPACES[tool.name] if spaces.get(space) == hosts.get(space)]
     yield _check(f"{name}.namespaces", "its own", f"the host's: {' '.join(shared)}" if shared else "its own")
-    seen = [f"{mount.point} ({mount.fstype})" for mount in mounts]
-    empty = len(mounts) == 1 and mounts[0].fstype == "tmpfs" and "ro" in mounts[0].options
-    yield _check(f"{name}.root", "empty", "empty" if empty else " ".join(seen[:5]), holds=empty)
+    seen = " ".join(f"{mount.point} ({mount.fstype} {','.join(mount.options)})" for mount in mounts)
+    fits = [mount.point for mount in mounts] == ["/", *(f"/{folder}" for folder in mounted)]
+    fits = fits and mounts[0].fstype == "tmpfs" and all("ro" in mount.options for mount in mounts)
+    own_root = f"nothing but its own {' '.join(mounted)}, read-only" if mounted else "empty"
+    yield _check(f"{name}.root", own_root, own_root if fits else seen[:300])
     yield _check(f"{name}.alone", "alone", f"{len(others)} others" if others else "alone")
 
 

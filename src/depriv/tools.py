@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from depriv.openings import StartPasst
     from depriv.registry import Registry
 
-_TIMEOUT_S: Final = 15.0
+TIMEOUT_S: Final = 15.0
 _SHOWN: Final = 2000  # characters of what it printed
 _RESOLV: Final = "/etc/resolv.conf"
 # What passt says, and what to do about it.
@@ -73,7 +73,7 @@ class Tools:
         Raises:
             DeprivError: it did not start; what it said.
         """
-        host = self._look(entry)
+        host = look_for("passt", entry, self._registry.folder, self._cache_dir)
         output = self._pipe()
         wanted = Passt(
             domain=entry.name,
@@ -88,10 +88,10 @@ class Tools:
         )
         identity = choose(device_model_user="", domid=host.domid, accounts=host.accounts, taken=_taken(entry))
         launch = plan_passt(wanted, host, identity)
-        runtime.ensure(launch, lambda: _libraries(host.program.path))
+        runtime.ensure(launch, lambda: libraries(host.program.path))
         jail = self._held.enter_context(Jail())
         try:
-            launched = jail.launch(launch.plan, timeout_s=_TIMEOUT_S)
+            launched = jail.launch(launch.plan, timeout_s=TIMEOUT_S)
         except JailError as error:
             if error.step.startswith("execute") and not error.errno:  # it did, and ended at once
                 raise _failure("passt did not start: it ended", output) from error
@@ -121,20 +121,21 @@ class Tools:
         self._held.callback(os.close, both)
         return both
 
-    def _look(self, entry: Entry) -> Host:
-        """Return the host's facts, with passt for the program."""
-        found = detect.find_tool("passt")
-        program = detect.fastest_build(os.path.realpath(found)) if found else "/usr/bin/passt"
-        domid = tool_domid(entry.domid)
-        host = detect.look_host(program=program, device_model_user="", domid=domid, holdings=())
-        return host.replace(state_dir=self._registry.folder, cache_dir=self._cache_dir)
+
+def look_for(name: str, entry: Entry, state_dir: str, cache_dir: str) -> Host:
+    """Return the host's facts for a tool of a domain's: the tool for the program, its own domid."""
+    found = detect.find_tool(name)
+    program = detect.fastest_build(os.path.realpath(found)) if found else f"/usr/bin/{name}"
+    domid = tool_domid(entry.domid)
+    host = detect.look_host(program=program, device_model_user="", domid=domid, holdings=())
+    return host.replace(state_dir=state_dir, cache_dir=cache_dir)
 
 
 def _taken(entry: Entry) -> tuple[tuple[str, int, int], ...]:
     return ((entry.name, entry.uid, entry.gid),)
 
 
-def _libraries(path: str) -> str:
+def libraries(path: str) -> str:
     """Return what the dynamic linker says it loads for a program of the host's, as nobody."""
     import subprocess  # noqa: PLC0415 (only where the copy is made)
 
@@ -150,7 +151,7 @@ def _libraries(path: str) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_TIMEOUT_S,
+            timeout=TIMEOUT_S,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
@@ -160,17 +161,14 @@ def _libraries(path: str) -> str:
 
 def _await_confined(tool: Tool, others: tuple[Tool, ...], output: int) -> None:
     """See it enclose itself: then it serves its guest. It does not say so, but the kernel shows it."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not toolaudit.serves(tool):
         if proc.alive(tool.pid, tool.starttime) == "dead":
             raise _failure("passt did not start: it ended", output)
         if time.monotonic() > deadline:
-            raise _failure(f"passt did not start within {_TIMEOUT_S:.0f} seconds", output)
+            raise _failure(f"passt did not start within {TIMEOUT_S:.0f} seconds", output)
         time.sleep(0.002)
-    wrong = [check for check in toolaudit.checks((*others, tool)) if not check.holds]
-    if wrong:
-        cause = "; ".join(f"{check.id} is {check.have}, not {check.want}" for check in wrong)
-        raise HostError("passt is not confined", cause=cause)
+    toolaudit.refuse_unconfined((*others, tool))
 
 
 def _failure(what: str, output: int) -> HostError:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from depriv.assembly import Launch
+    from depriv.entry import Entry
     from depriv.host import Holding, Host
     from depriv.launching import Running
     from depriv.qemu.draft import Request
@@ -183,14 +184,14 @@ class _Wish(foreground.Wish):
             )
         return launch
 
-    def prepare(self) -> None:
+    def prepare(self, entry: Entry) -> None:
         """Open what the toolstack opens, and take the PV keyboard away.
 
         QEMU would serve it through xenstore, which a restricted QEMU has no more. QEMU 10 dies of it: it takes the
         silence for a device that went, and finds it again by the same name (hw/xen/xen-legacy-backend.c). libxl
         leaves it out with vkb_device=0, and a guest has its emulated keyboard in any case.
         """
-        super().prepare()
+        super().prepare(entry)
         base = f"/local/domain/{self._domid}"
         with xenstore.Xenstore() as store:
             for path in (f"/local/domain/0/backend/vkbd/{self._domid}", f"{base}/device/vkbd", _libxl(self._domid)):

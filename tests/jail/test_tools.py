@@ -120,10 +120,11 @@ def test_passt_without_one_of_its_restrictions_is_refused(kind: type[Record]) ->
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"tool": "qemu-img"}, "no tool 'qemu-img' is known"),
+        ({"tool": "swtpm"}, "no tool 'swtpm' is known"),
+        ({"tool": "qemu-img"}, "NewUser"),
         ({"tool": "passt", "keep_net": False}, "in the host's network"),
         ({"tool": "passt", "restricted": False}, "restricted"),
-        ({"after": (steps.EmptyRoot(detach=(), remove=()),)}, "replaced by itself"),
+        ({"after": (steps.EmptyRoot(detach=(), remove=()),)}, "has its root emptied"),
         # As a QEMU it would be one that runs at once, unfiltered and in the host's network.
         ({"tool": ""}, "NewUser"),
         ({"shared": True}, "reaped"),
@@ -363,7 +364,7 @@ def test_nothing_is_left_of_a_passt_that_could_not_be_started(beside: Beside) ->
 
 
 def test_passt_that_never_confines_itself_is_waited_for_no_longer_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depriv.tools._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("depriv.tools.TIMEOUT_S", 0.2)
     reads, writes = os.pipe2(os.O_NONBLOCK)
     with subprocess.Popen(["sleep", "60"]) as lazy:
         try:

@@ -10,11 +10,11 @@ import struct
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from depriv import foreground, lifecycle
+from depriv import foreground, imageprobe, lifecycle
 from depriv.detect import find_program, look_at
 from depriv.errors import ConfigError, JailError
 from depriv.qemu.draft import Allowed
@@ -67,7 +67,7 @@ def test_guess_is_that_of_qemu_itself(uids: range, tmp_path: Path, kind: str) ->
 def test_guest_runs_on_an_image_whose_format_was_guessed(depriv: CommandLine, tmp_path: Path, kind: str) -> None:
     path = image(tmp_path / "disk", kind)
     with started(depriv, "-drive", f"file={path}") as said:
-        assert f"note: {path} looks like {kind}: used as that" in said
+        assert f"note: {path} looks like {kind}: used as that, if qemu-img says so, too" in said
         (row,) = depriv.rows()
         depriv.run("audit", "probed")
         with open(f"/proc/{row['pid']}/cmdline", encoding="utf-8") as file:
@@ -81,7 +81,11 @@ def test_one_guess_for_each_image_and_none_where_the_format_is_given(tmp_path: P
     request = understood(f"file={first}", f"file={second}", f"file={third},format=raw", cwd=tmp_path)
     assert [disk.format for disk in request.disks] == ["qcow2", "vdi", "raw"]
     notes = [note.text for note in request.notes if note.key == "probe-format"]
-    assert notes == [f"{first} looks like qcow2: used as that", f"{second} looks like vdi: used as that"]
+    assert notes == [
+        f"{path} looks like {kind}: used as that, if qemu-img says so, too"
+        for path, kind in ((first, "qcow2"), (second, "vdi"))
+    ]
+    assert [facts.path for facts in request.probed] == [str(first), str(second)]
 
 
 def test_format_is_refused_where_nobody_asked_for_a_guess(depriv: CommandLine, tmp_path: Path) -> None:
@@ -149,10 +153,38 @@ def test_image_that_is_replaced_after_the_guess_starts_no_guest(host: Toolstack,
     request = foreground.understand_with(words, Allowed(probe_format=True), cwd=str(tmp_path))
     os.rename(image(tmp_path / "other", "qcow2"), path)
     wish = foreground.Wish(find_program("").path, request, foreground.Options(), host.registry, host.cache_dir)
+    with wish.opened, pytest.raises(ConfigError, match="it was replaced meanwhile"):
+        lifecycle.start(wish, host.registry, cache_dir=host.cache_dir, paused=True, warn=print)
+    assert host.guests() == ()
+
+
+def test_image_that_is_replaced_after_it_was_confirmed_starts_no_guest(
+    host: Toolstack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image(tmp_path / "disk", "qcow2")
+    words = (*QEMU[1:], "-drive", f"file={path}")
+    request = foreground.understand_with(words, Allowed(probe_format=True), cwd=str(tmp_path))
+    wish = foreground.Wish(find_program("").path, request, foreground.Options(), host.registry, host.cache_dir)
+    confirm = imageprobe.confirm
+
+    def confirm_and_replace(*words: Any) -> None:
+        confirm(*words)
+        os.rename(image(tmp_path / "other", "qcow2"), path)
+
+    monkeypatch.setattr(imageprobe, "confirm", confirm_and_replace)
     with wish.opened, pytest.raises(JailError, match="cannot open") as caught:
         lifecycle.start(wish, host.registry, cache_dir=host.cache_dir, paused=True, warn=print)
     assert "it was replaced meanwhile" in caught.value.cause
     assert host.guests() == ()
+
+
+def test_image_that_qemu_img_cannot_open_starts_no_guest(depriv: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes((b"KDMV" + struct.pack("<I", 99)).ljust(1 << 16, b"\0"))
+    done = depriv.run("run", "--probe-format", "--", *QEMU, "-drive", f"file={path}", expect=2)
+    assert f"qemu-img cannot open {path} as vmdk, which it begins like" in done.stderr
+    assert "fix: see that it is whole" in done.stderr
+    assert depriv.rows() == []
 
 
 def test_what_becomes_another_format_after_the_guess_starts_no_guest(depriv: CommandLine, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -98,12 +99,15 @@ def _run(request: Request, *commands: str, dry: bool = False) -> Answers:
             connection = stack.enter_context(socket.socket(socket.AF_UNIX))
             connection.connect(opening.path)
             opened[opening.number] = os.dup(connection.fileno())
-        for number, fd in opened.items():
+        for fd in opened.values():
             stack.callback(os.close, fd)
             fds.append(fd)
-            # Number N of a plan may be in use in this process: here each has whatever number it got.
-            argv = [word.replace(f"fd={number},", f"fd={fd},") for word in argv]
-            argv = [word.replace(f'"str":"{number}"', f'"str":"{fd}"') for word in argv]
+        # Number N of a plan may be in use in this process: here each has whatever number it got. All at once: one may
+        # have got the number that the plan has for another.
+        argv = [
+            _NUMBER.sub(lambda found: found[1] + str(opened.get(int(found[2]), found[2])) + found[3], word)
+            for word in argv
+        ]
         asked: list[dict[str, Any]] = [{"execute": "qmp_capabilities"}, {"execute": "query-block"}]
         asked += [{"execute": "human-monitor-command", "arguments": {"command-line": text}} for text in commands]
         lines = "\n".join(map(json.dumps, [*asked, {"execute": "quit"}]))
@@ -119,6 +123,9 @@ def _run(request: Request, *commands: str, dry: bool = False) -> Answers:
         out="\n".join(line for line in lines_out if not line.startswith("{")),
         returns=[line["return"] for line in replies if "return" in line],
     )
+
+
+_NUMBER = re.compile(r'(\bfd=|"str":")(\d+)(,|")')
 
 
 def _open(path: str, access: str) -> int:

@@ -90,6 +90,7 @@ class Request(Record):
     waits: bool = False  # -incoming defer: the caller says later where its state is read from
     no_guest: bool = False  # -version, -help, -device help: QEMU prints and ends
     unknown_formats: tuple[DiskFile, ...] = ()  # to be probed, then translated anew
+    probed: tuple[FileFacts, ...] = ()  # images whose format is a guess, to be confirmed by qemu-img before the start
     domid: int = 0  # -xen-domid; 0: none
 
 
