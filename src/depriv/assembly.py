@@ -58,7 +58,7 @@ _NULL = (1 << 8) | 3
 class Private(Record):
     """A copy of a file in QEMU's root, there during its start only."""
 
-    source: OpenFile | TakeFd  # kept by the jail
+    source: OpenFile  # kept by the jail
     target: str  # below /private
     size: int
 
@@ -70,8 +70,6 @@ class Needs(Record):
     program: Program
     argv: tuple[str, ...]  # the program's name included
     restricted: bool = True
-    device_model_user: str = ""
-    place: tuple[tuple[str, object], ...] = ()
     accel: str  # "tcg", "kvm" or "xen"
     memory_mib: int
     vcpus: int
@@ -184,6 +182,14 @@ def _cgroup(host: Host) -> str:
     return f"{host.cgroup_dir}/{host.cgroup_folder}/{host.domid}"
 
 
+def time_zone(offset_s: int) -> str:
+    """Return TZ for QEMU: its root has no /etc/localtime, and ``base=localtime`` would silently mean UTC."""
+    hours, rest = divmod(abs(offset_s), 3600)
+    # POSIX counts the other way: west is positive.
+    sign = "-" if offset_s > 0 else "+"
+    return f"TZ=DEPRIV{sign}{hours:02}:{rest // 60:02}:{rest % 60:02}" if offset_s else "TZ=UTC0"
+
+
 def shared_warning(identity: Identity) -> tuple[str, ...]:
     """Return the warning that goes with a shared uid."""
     if not identity.how.startswith("shared"):
@@ -249,9 +255,7 @@ def _resources(needs: Needs, host: Host, *, log_kib: int) -> tuple[Step, ...]:
     steps: list[Step] = []
     if not any(step.number == 0 for step in needs.takes):
         steps.append(OpenFile(role="stdin", path="/dev/null", access="ro", kind="char", number=0, rdev=_NULL))
-    kept = [private.source for private in needs.privates]
-    steps += [*needs.files, *(source for source in kept if isinstance(source, OpenFile)), *needs.takes]
-    steps += [source for source in kept if isinstance(source, TakeFd)]
+    steps += [*needs.files, *(private.source for private in needs.privates), *needs.takes]
     if needs.own_log:
         steps.append(MakeFifo(role="log", path=f"{directory(host)}/log", numbers=(1, 2), size_kib=log_kib))
     steps.append(MakeCgroup(path=_cgroup(host), version=host.cgroup_version))
@@ -325,9 +329,7 @@ def _empty(enclosed: tuple[Step, ...]) -> EmptyRoot:
 
 def _unrestricted(act: Execute, needs: Needs) -> Execute:
     """With dm_restrict=0 there is no private root: kernel, ramdisk and firmware are read where they lie."""
-    replaced = {
-        private.target: private.source.path for private in needs.privates if isinstance(private.source, OpenFile)
-    }
+    replaced = {private.target: private.source.path for private in needs.privates}
     words = list(act.argv)
     at = words.index("-sandbox")
     del words[at : at + 2]

@@ -48,7 +48,9 @@ def run_options(made: argparse.ArgumentParser) -> None:
 def qemu_options(made: argparse.ArgumentParser) -> None:
     """Add them."""
     made.add_argument("--name", metavar="NAME", default="", help="the domain's name; default: that of -name")
-    made.add_argument("--user", metavar="USER", default="", help="run QEMU as this user instead of one of the range")
+    made.add_argument(
+        "--user", "--uid", metavar="USER", default="", help="run QEMU as this user (name or uid), not one of the range"
+    )
     made.add_argument("--keep-net", action="store_true", help="leave QEMU in the host's network (said aloud)")
     made.add_argument("--probe-format", action="store_true", help="guess formats that are not given, as QEMU would")
 
@@ -57,7 +59,7 @@ def shim_options(made: argparse.ArgumentParser) -> None:
     """Add them."""
     made.add_argument("directory", metavar="DIR", help="where to write them; it may be there already")
     made.add_argument("--qemu", metavar="PATH", default="", help="only for this QEMU; default: all of this host")
-    made.add_argument("--user", metavar="USER", default="", help="as for run")
+    made.add_argument("--user", "--uid", metavar="USER", default="", help="as for run")
     made.add_argument("--keep-net", action="store_true", help="as for run")
     made.add_argument("--probe-format", action="store_true", help="as for run")
 

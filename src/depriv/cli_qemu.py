@@ -68,10 +68,26 @@ def _data(launch: Launch, openings: tuple[Opening, ...]) -> dict[str, object]:
 def _options(arguments: argparse.Namespace) -> Options:
     return Options(
         name=getattr(arguments, "name", ""),
-        user=arguments.user,
+        user=_user(arguments.user),
         keep_net=arguments.keep_net,
         probe_format=arguments.probe_format,
     )
+
+
+def _user(wanted: str) -> str:
+    """Return the name of the user that is wanted by name or uid: all that is checked is checked of a user."""
+    if not wanted.isdecimal() or not wanted.isascii():
+        return wanted
+    import pwd  # noqa: PLC0415 (needed only here)
+
+    try:
+        return pwd.getpwuid(int(wanted)).pw_name
+    except (KeyError, OverflowError):
+        raise ConfigError(
+            f"--user: uid {wanted} is nobody's",
+            cause="whether a uid is a domain's alone can only be seen of a user",
+            fix=f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin --uid {wanted} NAME",
+        ) from None
 
 
 def _words(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -207,6 +207,15 @@ def _holders(fd: int) -> tuple[str, str]:
     return " and ".join(words), fix
 
 
+def remove_left(left: tuple[tuple[str, int, int], ...]) -> None:
+    """Remove files outside a domain's folder that end with it, where they are still the ones that were made."""
+    for path, dev, ino in left:
+        with contextlib.suppress(OSError):
+            have = os.lstat(path)
+            if (have.st_dev, have.st_ino) == (dev, ino):
+                os.unlink(path)
+
+
 def is_beside(name: str) -> bool:
     """Tell whether a file is one that a write cut short has left: NAME.PID of a process that is gone."""
     stem, dot, pid = name.rpartition(".")

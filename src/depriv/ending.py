@@ -8,6 +8,7 @@ import os
 import time
 
 from depriv import cgroup, proc
+from depriv.durable import remove_left
 from depriv.errors import DeprivError, HostError
 from depriv.spawn import Jail
 from depriv.steps import Plan, Reap
@@ -71,15 +72,6 @@ def forget(entry: Entry, registry: Registry) -> None:
             # to be started again has no cgroup any more, and may be the last of its registry all the same.
             for path in {entry.cgroup, registry.cgroup(entry.domid)} - {""}:
                 cgroup.remove_folder(os.path.dirname(path))
-
-
-def remove_left(left: tuple[tuple[str, int, int], ...]) -> None:
-    """Remove files outside a domain's folder that end with it, where they are still the ones that were made."""
-    for path, dev, ino in left:
-        with contextlib.suppress(OSError):
-            have = os.lstat(path)
-            if (have.st_dev, have.st_ino) == (dev, ino):
-                os.unlink(path)
 
 
 def quarantine(entry: Entry, registry: Registry, error: DeprivError) -> None:

@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import stat
-import sys
 import time
 from select import POLLIN, poll
 
@@ -21,7 +20,8 @@ from depriv import detect, launching, lifecycle
 from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
 from depriv.config import Note, fit_name
-from depriv.ending import finish, remove_left
+from depriv.durable import remove_left
+from depriv.ending import finish
 from depriv.errors import ConfigError, HostError, MonitorError, NotFoundError, PlanError
 from depriv.guestlog import Copy
 from depriv.opener import Opened
@@ -30,6 +30,7 @@ from depriv.planner import refuse_name
 from depriv.qemu.capabilities import asks_what_it_can_do
 from depriv.qemu.draft import LAST_FD, Allowed, Request
 from depriv.qemu.translate import translate
+from depriv.questions import ask, become
 from depriv.report import Grant, times_text
 from depriv.requests import HELD, SOURCE_BASE, Run, passts, plan_run, plan_run_discovery
 from depriv.spawn import Jail
@@ -39,7 +40,6 @@ from depriv.tools import Tools
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from typing import NoReturn
 
     from depriv.assembly import Launch
     from depriv.entry import Entry
@@ -48,10 +48,8 @@ if TYPE_CHECKING:
     from depriv.registry import Registry
 
 _INCOMING_TIMEOUT_S = 600.0
-_NOBODY = 65534
 _STDERR = 2
 _OWN_FDS = 50  # more than we ever have open ourselves
-_PR_SET_NO_NEW_PRIVS = 38  # <linux/prctl.h>
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
 
@@ -332,10 +330,10 @@ def run_words(
     program = detect.find_in_path(words[0])
     request = understand(words[1:], options)
     if request.no_guest:
-        _ask(program, request)
+        ask(program, request)
     if asks_what_it_can_do(words[1:]):
         say("note: this QEMU runs as it is: without a guest it only tells what it can do")
-        _become(_path_of(program), [program, *words[1:]], dict(os.environ))
+        become(program, words[1:])
     if request.waits:
         _refuse_unnamed(request)
     for note in request.notes:
@@ -364,38 +362,6 @@ def _refuse_unnamed(request: Request) -> None:
                     fix=f"write -incoming fd:{fd}, or close it ({fd}<&-); a domain of libvirt's cannot be restored:"
                     " virsh start --force-boot",
                 )
-
-
-def _ask(program: str, request: Request) -> NoReturn:
-    """Become a QEMU that prints an answer (-version, -device help) and ends: without a guest, and without privilege.
-
-    Its words are those of the dry run, which name nothing of the host's. Should they be no question after all, it
-    stands before the first instruction of nothing.
-    """
-    path = _path_of(program)
-    if os.geteuid() == 0:
-        os.setgroups(())
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    _become(path, [program, "-S", *request.dry], {"LC_ALL": "C"})
-
-
-def _path_of(program: str) -> str:
-    found = detect.find_program(program)
-    if found.problem:
-        raise PlanError(found.problem, fix="name a QEMU that is installed")
-    return found.path
-
-
-def _become(path: str, argv: list[str], environ: dict[str, str]) -> NoReturn:
-    """Execute a QEMU that has no guest, in place of this process and with no more privileges."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    import ctypes  # noqa: PLC0415 (nothing else here needs it)
-
-    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ignored by Python, and what is ignored stays so
-    os.execve(path, argv, environ)  # noqa: S606 (no shell wanted)
 
 
 def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:

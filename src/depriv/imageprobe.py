@@ -21,7 +21,7 @@ from depriv.identity import choose
 from depriv.launching import own_jail
 from depriv.nbd import Export
 from depriv.text import console_safe
-from depriv.toolplan import Inspection, plan_qemu_img
+from depriv.toolplan import Inspection, image_words, plan_qemu_img
 from depriv.tools import TIMEOUT_S, libraries, look_for
 from depriv.untrusted import as_str, decode, field
 
@@ -107,7 +107,8 @@ def _format(facts: FileFacts, entry: Entry, registry: Registry, cache_dir: str) 
             Export(ours, image, facts.size, deadline=deadline).serve()
             ours.close()
             answer = _read(output, _ANSWER_BYTES_MAX, deadline)
-            return _format_in(answer, _read(errors, _SHOWN, deadline), facts)
+            said = console_safe(_read(errors, _SHOWN, deadline)).strip()
+            return _format_in(answer, said.replace(image_words(), facts.path), facts)
         except ValueError as error:
             raise HostError(f"qemu-img makes no sense about {facts.path}", cause=str(error), fix=_GIVE) from error
         except TimeoutError as error:
@@ -190,12 +191,12 @@ def _read(end: _End, count: int, deadline: float) -> bytes:
             raise ValueError(f"it says more than {count} bytes")
 
 
-def _format_in(answer: bytes, errors: bytes, facts: FileFacts) -> str:
+def _format_in(answer: bytes, errors: str, facts: FileFacts) -> str:
     """Return the format in an answer."""
     if not answer.strip():
         raise ConfigError(
             f"qemu-img cannot open {facts.path} as {facts.format}, which it begins like",
-            cause=console_safe(errors).strip() or "it does not say why",
+            cause=errors or "it does not say why",
             fix="see that it is whole; if it is something else, " + _GIVE,
         )
     try:

@@ -13,7 +13,7 @@ import stat
 import time
 
 from depriv import proc, status, toolaudit
-from depriv.ending import remove_left
+from depriv.durable import remove_left
 from depriv.errors import HostError, JailError, MonitorError
 from depriv.guestlog import Log, start_fix
 from depriv.report import Expected, Grant, Limit
@@ -46,9 +46,8 @@ def said(monitor: Monitor) -> str:
 class Running:
     """A start on its last step: QEMU is confined and audited, and its guest stands before the first instruction."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 (what there is)
+    def __init__(
         self,
-        launch: Launch,
         entry: Entry,
         launched: Launched,
         monitor: Monitor,
@@ -57,7 +56,6 @@ class Running:
     ) -> None:
         """Take what there is; ``audit_again`` raises if not every restriction holds."""
         self.audit_again = audit_again
-        self.launch = launch
         self.entry = entry
         self.launched = launched
         self.monitor = monitor
@@ -115,7 +113,7 @@ def bring_up(  # noqa: PLR0913 (what one start is made of)
         def audit_again() -> None:
             _refuse_unless_it_holds(audit(launched.pid, expected=entry.expected, others=others), launch)
 
-        see_through(Running(launch, entry, launched, monitor, jail, audit_again))
+        see_through(Running(entry, launched, monitor, jail, audit_again))
         times.append(("run", time.monotonic()))
     return entry, report
 

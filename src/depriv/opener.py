@@ -10,6 +10,7 @@ import socket
 import stat
 import struct
 
+from depriv.durable import remove_left
 from depriv.errors import ConfigError, HostError
 from depriv.openings import (
     ConnectTcp,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _CONNECT_TIMEOUT_S = 10.0
 # <linux/if_tun.h>, <linux/sockios.h>, <linux/if.h>
 _TUNSETIFF: Final = 0x400454CA
-_TUNSETVNETHDRSZ: Final = 0x400454D8
 _IFF_TAP: Final = 0x0002
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
@@ -64,16 +64,7 @@ class Opened:
         """Close all; remove the sockets that were made if it ends in an exception."""
         self.close()
         if kind is not None:
-            self.remove_left()
-
-    def remove_left(self) -> None:
-        """Remove the sockets that were made, where they are still those."""
-        for path, dev, ino in self.left:
-            with contextlib.suppress(OSError):
-                have = os.lstat(path)
-                if (have.st_dev, have.st_ino) == (dev, ino):
-                    os.unlink(path)
-        self.left.clear()
+            remove_left(tuple(self.left))
 
     def close(self) -> None:
         """Close all that is still open."""

@@ -14,6 +14,7 @@ from depriv.assembly import (
     refuse_no_cgroup,
     refuse_program,
     shared_warning,
+    time_zone,
 )
 from depriv.errors import ConfigError, PlanError
 from depriv.qemu.cmdline import PRIVATE, Image, command_line
@@ -70,11 +71,10 @@ def _plan(config: Domain, host: Host, *, discover: bool) -> Launch:
             config, program=host.program.path, accel=accel, images=_images(config, chains), discover=discover
         ),
         restricted=config.dm_restrict,
-        device_model_user=config.device_model_user,
         accel=accel,
         memory_mib=config.memory_mib,
         vcpus=config.vcpus,
-        environ=(f"TZ={_time_zone(config, host)}",),
+        environ=(time_zone((host.utc_offset_s if config.localtime else 0) + config.rtc_timeoffset_s),),
         files=handed,
         privates=_privates(config, host),
         images=tuple(file.hold for file in files),
@@ -186,11 +186,3 @@ def _runtime_key(config: Domain, host: Host, accel: str) -> tuple[str, ...]:
         f"firmware {'own' if config.firmware else 'default'}",
         f"arguments {config.device_model_args!r}",
     )
-
-
-def _time_zone(config: Domain, host: Host) -> str:
-    """Return TZ: there is no /etc/localtime in QEMU's root, where base=localtime would silently mean UTC."""
-    offset = (host.utc_offset_s if config.localtime else 0) + config.rtc_timeoffset_s
-    hours, rest = divmod(abs(offset), 3600)
-    # POSIX counts the other way: west is positive.
-    return f"DEPRIV{'-' if offset > 0 else '+'}{hours:02}:{rest // 60:02}:{rest % 60:02}" if offset else "UTC0"

@@ -13,10 +13,11 @@ from depriv.assembly import (
     refuse_no_cgroup,
     refuse_program,
     shared_warning,
+    time_zone,
 )
 from depriv.check import SANDBOX
 from depriv.errors import PlanError
-from depriv.openings import ListenTcp, OpenTap, StartPasst, WriteFile
+from depriv.openings import OpenTap, StartPasst, WriteFile
 from depriv.qemu.cmdline import EVENTS_FD, QMP_FD
 from depriv.qemu.options import OPTIONS
 from depriv.qemu.words import parse_json, parse_list, parse_words, values
@@ -47,7 +48,6 @@ class Run(Record):
     device_model_user: str = ""
     keep_net: bool = False
     source_base: int = SOURCE_BASE
-    time_zone: str = "UTC0"
     reaper_lock: str = ""  # "": the registry's own
 
 
@@ -85,12 +85,11 @@ def _plan(run: Run, host: Host, *, discover: bool) -> Launch:
         name=run.name,
         program=host.program,
         argv=_argv(run, host, discover=discover),
-        device_model_user=run.device_model_user,
         accel=accel,
         memory_mib=request.memory_mib,
         vcpus=request.vcpus,
         environ=(
-            f"TZ={run.time_zone}",
+            time_zone(host.utc_offset_s if _wants_localtime(request) else 0),
             # Else QEMU until 8.1 tries each sound server of the host for a card without audiodev=. See audio/audio.c.
             "QEMU_AUDIO_DRV=none",
             *((f"XEN_DOMAIN_ID={request.domid}",) if request.domid else ()),
@@ -194,6 +193,13 @@ def _memory_file(request: Request) -> int:
     return request.memory_mib * _MIB if memfd else 0
 
 
+def _wants_localtime(request: Request) -> bool:
+    """Tell whether the guest's clock is to show the host's local time: the last ``base=`` of all -rtc counts."""
+    clocks = [word for before, word in zip(request.argv, request.argv[1:], strict=False) if before == "-rtc"]
+    bases = [item for clock in clocks for item in clock.split(",") if item.startswith("base=")]
+    return bases[-1:] == ["base=localtime"]
+
+
 def _written_max(opening: Opening) -> int:
     return _OUTPUT_BYTES_MAX if isinstance(opening, WriteFile) else 0
 
@@ -236,11 +242,6 @@ def _kind(word: Word) -> str:
         return word.value
     data = parse_json(word) if word.value.startswith("{") else values(parse_list(word, implied="driver"))
     return " ".join(f"{key}={data[key]}" for key in sorted(data) if key in _FILES)
-
-
-def listens_outside(request: Request) -> tuple[ListenTcp, ...]:
-    """Return the TCP sockets that others may reach."""
-    return tuple(item for item in request.openings if isinstance(item, ListenTcp))
 
 
 def passts(request: Request) -> tuple[StartPasst, ...]:

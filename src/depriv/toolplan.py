@@ -114,7 +114,6 @@ def plan_qemu_img(wanted: Inspection, host: Host, identity: Identity) -> Launch:
         PlanError: it cannot be executed, or comes to a plan that no tool may have.
     """
     runtime = _refuse_program("qemu-img", "qemu-utils", host)
-    image = f'json:{{"file":{{"driver":"nbd","server":{{"type":"fd","str":"{_PEER_FD}"}}}}}}'
     plan = Plan(
         domain=wanted.domain,
         domid=wanted.domid,
@@ -144,12 +143,17 @@ def plan_qemu_img(wanted: Inspection, host: Host, identity: Identity) -> Launch:
             Filter(program=seccomp.program(host.processor, network=False)),
             Execute(
                 path=host.program.path,
-                argv=(host.program.path, "info", "--output=json", image),
+                argv=(host.program.path, "info", "--output=json", image_words()),
                 environ=("LC_ALL=C",),
             ),
         ),
     )
     return _launch(plan, wanted, host, identity)
+
+
+def image_words() -> str:
+    """Return how qemu-img is told of the image, without a format."""
+    return f'json:{{"file":{{"driver":"nbd","server":{{"type":"fd","str":"{_PEER_FD}"}}}}}}'
 
 
 def _refuse_program(name: str, package: str, host: Host) -> str:

@@ -107,9 +107,8 @@ def _bind_to_dom0(fd: int) -> int:
 
     Source: evtchn_ioctl, drivers/xen/evtchn.c, Linux 6.1.
     """
-    port = fcntl.ioctl(
-        fd, _BIND_UNBOUND, bytearray(struct.pack("=I", 0)), True
-    )  # mutable: the call's result comes back
+    # Mutable, so that the call's own result comes back.
+    port = fcntl.ioctl(fd, _BIND_UNBOUND, bytearray(struct.pack("=I", 0)), True)
     fcntl.ioctl(fd, _UNBIND, struct.pack("=I", port))
     return 0
 

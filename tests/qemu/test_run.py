@@ -479,6 +479,17 @@ def test_who_is_not_root_may_plan_and_ask_but_not_run(
     assert "sudo" in refused.stderr
 
 
+def test_user_is_named_or_is_a_uid_that_is_somebodys(depriv: CommandLine) -> None:
+    games = pwd.getpwnam("games")  # a system's user: refused, and by its name
+    for option, value in (("--user", "games"), ("--user", str(games.pw_uid)), ("--uid", str(games.pw_uid))):
+        done = depriv.run("plan", option, value, "--", QEMU, *QUIET, expect=125)
+        assert "device_model_user 'games'" in done.stderr
+    for number in ("4294967297", "99999999999999999999", "3999999"):
+        done = depriv.run("plan", "--uid", number, "--", QEMU, *QUIET, expect=2)
+        assert f"uid {number} is nobody's" in done.stderr
+        assert "useradd" in done.stderr
+
+
 @pytest.mark.parametrize("word", ["a/../b", "..", "", "\x01", "//"])
 def test_no_odd_path_gets_past(depriv: CommandLine, word: str, tmp_path: Path) -> None:
     done = asked(depriv, *QUIET, "-drive", f"file={word},format=raw,if=virtio", cwd=tmp_path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from depriv.durable import remove_left
 from depriv.errors import ConfigError, HostError
 from depriv.opener import Opened
 from depriv.openings import (
@@ -141,7 +142,7 @@ def test_unix_socket_that_somebody_replaced_meanwhile_is_left_alone(tmp_path: Pa
     (tmp_path / "s").rename(tmp_path / "ours")
     (tmp_path / "s").write_text("somebody's")
     opened.close()
-    opened.remove_left()
+    remove_left(tuple(opened.left))
     assert (tmp_path / "s").read_text() == "somebody's"
 
 

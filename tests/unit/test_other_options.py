@@ -603,6 +603,9 @@ def test_a_saved_state_is_opened_by_the_toolstack_and_handed_over_late() -> None
 def test_a_state_that_the_caller_names_later_is_left_to_the_caller() -> None:
     done = Done("-incoming", "defer")
     assert (done.argv, done.request.incoming_role, done.draft.openings) == ("-incoming defer", "", [])
+    (note,) = done.draft.notes
+    assert note.warning
+    assert "locks are not checked" in note.text
 
 
 @pytest.mark.parametrize(

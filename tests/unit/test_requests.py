@@ -77,6 +77,25 @@ def test_own_words_come_first_and_each_promise_is_among_them() -> None:
     assert words[-2:] == ("-m", "64")
 
 
+@pytest.mark.parametrize(
+    ("words", "zone"),
+    [
+        ("", "UTC0"),
+        ("-rtc base=utc", "UTC0"),
+        ("-rtc clock=vm", "UTC0"),
+        ("-rtc base=localtime", "DEPRIV-02:00:00"),
+        ("-rtc clock=vm,base=localtime,driftfix=slew", "DEPRIV-02:00:00"),
+        ("-rtc base=localtime -rtc clock=vm", "DEPRIV-02:00:00"),
+        ("-rtc base=localtime -rtc base=utc", "UTC0"),
+    ],
+)
+def test_local_time_is_the_hosts_where_it_is_asked_for(words: str, zone: str) -> None:
+    made = plan_run(run(*words.split()), host().replace(utc_offset_s=7200))
+    execute = made.plan.steps[-1]
+    assert isinstance(execute, Execute)
+    assert [word for word in execute.environ if word.startswith("TZ=")] == [f"TZ={zone}"]
+
+
 def test_name_of_the_callers_is_not_said_twice() -> None:
     assert argv(launch("-name", "other")).count("-name") == 1
 

@@ -157,6 +157,8 @@ def _incoming(draft: Draft, word: Word) -> None:
     kind, _, rest = word.value.partition(":")
     if word.value == "defer":
         draft.facts["waits"] = True
+        text = "-incoming defer: QEMU locks its images once it has its state, after the audit: locks are not checked"
+        draft.note(word, text, warning=True)
         draft.emit("-incoming", "defer", dry=())
         return
     path = _state_file(draft, word, kind, rest)
