@@ -86,7 +86,8 @@ def _user(wanted: str) -> str:
         raise ConfigError(
             f"--user: uid {wanted} is nobody's",
             cause="whether a uid is a domain's alone can only be seen of a user",
-            fix=f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin --uid {wanted} NAME",
+            fix="name one that has an owner, or make one:\n"
+            "useradd --system --user-group --no-create-home --shell /usr/sbin/nologin NAME",
         ) from None
 
 

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import time
+from io import FileIO
 
 from depriv import proc, runtime, toolaudit
 from depriv.entry import Tool
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _ANSWER_BYTES_MAX: Final = 1 << 20  # a line and a half for each snapshot in the image
 _ANSWER_DEPTH: Final = 16
 _ANSWER_VALUES: Final = 1 << 17
+_ERRORS_BYTES_MAX: Final = 1 << 16
 _SHOWN: Final = 500  # characters of what it printed
 _GIVE: Final = "give the format: format=, as in file=DISK,format=raw"
 
@@ -107,8 +109,7 @@ def _format(facts: FileFacts, entry: Entry, registry: Registry, cache_dir: str) 
             Export(ours, image, facts.size, deadline=deadline).serve()
             ours.close()
             answer = _read(output, _ANSWER_BYTES_MAX, deadline)
-            said = console_safe(_read(errors, _SHOWN, deadline)).strip()
-            return _format_in(answer, said.replace(image_words(), facts.path), facts)
+            return _format_in(answer, _said(errors, deadline).replace(image_words(), facts.path), facts)
         except ValueError as error:
             raise HostError(f"qemu-img makes no sense about {facts.path}", cause=str(error), fix=_GIVE) from error
         except TimeoutError as error:
@@ -116,7 +117,7 @@ def _format(facts: FileFacts, entry: Entry, registry: Registry, cache_dir: str) 
             raise HostError(f"qemu-img did not say what {facts.path} is", cause=cause, fix=_GIVE) from error
 
 
-def _refuse_unconfined(tool: Tool, host: Host, errors: _End, deadline: float) -> None:
+def _refuse_unconfined(tool: Tool, host: Host, errors: FileIO, deadline: float) -> None:
     try:
         toolaudit.refuse_unconfined((tool,), mounted=host.root_dirs)
     except HostError as error:
@@ -125,32 +126,19 @@ def _refuse_unconfined(tool: Tool, host: Host, errors: _End, deadline: float) ->
         raise
 
 
-def _ended(errors: _End, deadline: float) -> HostError:
-    cause = console_safe(_read(errors, _SHOWN, deadline)).strip()
-    return HostError("qemu-img ended at once", cause=cause or "it says nothing", fix=_GIVE)
+def _ended(errors: FileIO, deadline: float) -> HostError:
+    return HostError("qemu-img ended at once", cause=_said(errors, deadline), fix=_GIVE)
 
 
-class _End:
-    """One end of a pipe."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+def _said(errors: FileIO, deadline: float) -> str:
+    """Return the beginning of what it complains of: an image's own words may be in there."""
+    return console_safe(_read(errors, _ERRORS_BYTES_MAX, deadline))[:_SHOWN].strip() or "it does not say why"
 
 
-def _pipe(held: contextlib.ExitStack) -> tuple[_End, _End]:
+def _pipe(held: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     """Return both ends of a pipe, which are closed with ``held`` at the latest."""
-    ends = tuple(_End(fd) for fd in os.pipe2(os.O_CLOEXEC))
-    for end in ends:
-        held.callback(end.close)
-    return ends[0], ends[1]
+    reads, writes = os.pipe2(os.O_CLOEXEC)
+    return held.enter_context(FileIO(reads)), held.enter_context(FileIO(writes, "w"))
 
 
 def _opened(facts: FileFacts) -> int:
@@ -171,7 +159,7 @@ def _opened(facts: FileFacts) -> int:
     raise ConfigError(f"{facts.path} is not the file that was looked at: it was replaced meanwhile", fix="try again")
 
 
-def _read(end: _End, count: int, deadline: float) -> bytes:
+def _read(end: FileIO, count: int, deadline: float) -> bytes:
     """Return all that is written to a pipe.
 
     Raises:
@@ -196,7 +184,7 @@ def _format_in(answer: bytes, errors: str, facts: FileFacts) -> str:
     if not answer.strip():
         raise ConfigError(
             f"qemu-img cannot open {facts.path} as {facts.format}, which it begins like",
-            cause=errors or "it does not say why",
+            cause=errors,
             fix="see that it is whole; if it is something else, " + _GIVE,
         )
     try:

@@ -167,7 +167,7 @@ def evil(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Ite
     """Have another program in qemu-img's place, which does what the test says."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        program = build.compiled("evil_img.c", Path(folder), (request.param,))
+        program = build.compiled("evil_img.c", Path(folder), (request.param, f"{folder}/written"))
         program.chmod(0o755)
         monkeypatch.setattr("depriv.detect.find_tool", lambda _name: str(program))
         monkeypatch.setattr("depriv.imageprobe.TIMEOUT_S", 3.0)
@@ -290,7 +290,6 @@ def test_qemu_img_that_was_taken_over_reaches_nothing(probe: Probe, tmp_path: Pa
         probe.confirm(image(tmp_path / "image", "qcow2"))
     said = caught.value.what.rpartition("takes it for ")[2]
     have = dict(word.split("=") for word in said.split())
-    assert have.pop("kill") in ("EPERM", "ESRCH", "ok")  # process 0 of its own group: it is process 1 of its namespace
     assert have == {
         "read": "ENOENT",
         "write": "EROFS",
@@ -303,23 +302,25 @@ def test_qemu_img_that_was_taken_over_reaches_nothing(probe: Probe, tmp_path: Pa
 
 
 def test_the_same_acts_succeed_unconfined(tmp_path: Path) -> None:
-    program = build.compiled("evil_img.c", tmp_path, ("act",))
-    ours = subprocess.run([program], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=10)
-    os.unlink("/tmp/evil")
-    said = json.loads(ours.stdout)["format"]
+    program = build.compiled("evil_img.c", tmp_path, ("act", f"{tmp_path}/written"))
+    image(tmp_path / "image", "raw")
+    words = ["sh", "-c", 'exec "$0" 3<"$1"', str(program), str(tmp_path / "image")]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=10)
+    said = json.loads(done.stdout)["format"]
     have = dict(word.split("=") for word in said.split())
-    assert {act for act, result in have.items() if result != "ok"} <= {"again"}
+    assert set(have.values()) == {"ok"}
+    assert len(have) == 7
 
 
 @pytest.mark.parametrize(
     ("evil", "error", "what"),
     [
         ("lie", ConfigError, "begins like qcow2, and qemu-img takes it for raw"),
-        ("escape", ConfigError, r"takes it for \?\[2Jqcow2|takes it for [^\x1b]*qcow2$"),
+        ("escape", ConfigError, r"takes it for [^\x1b]*qcow2$"),
         ("shape", HostError, "makes no sense"),
         ("twice", HostError, "makes no sense"),
-        ("flood", HostError, "did not say|makes no sense"),
-        ("grumble", HostError, "did not say|makes no sense"),
+        ("flood", HostError, "makes no sense"),
+        ("grumble", HostError, "makes no sense"),
         ("hang", HostError, "did not say"),
         ("crash", ConfigError, "cannot open"),
         ("die", HostError, "ended at once"),

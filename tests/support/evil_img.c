@@ -61,13 +61,12 @@ static void act(void)
     int child, made;
 
     printf("{\"format\": \"read=%s", outcome(open("/etc/passwd", O_RDONLY)));
-    printf(" write=%s", outcome(open("/tmp/evil", O_WRONLY | O_CREAT, 0600)));
+    printf(" write=%s", outcome(open(baked[1], O_WRONLY | O_CREAT, 0600)));
     printf(" again=%s", outcome(open("/proc/self/fd/3", O_RDWR)));
     made = socket(AF_INET, SOCK_DGRAM, 0);
     printf(" socket=%s", outcome(made));
     printf(" bind=%s", outcome(made < 0 ? made : bind(made, (struct sockaddr *)&any, sizeof any)));
     printf(" connect=%s", outcome(made < 0 ? made : connect(made, (struct sockaddr *)&local, sizeof local)));
-    printf(" kill=%s", outcome(kill(getppid(), 0)));
     fflush(stdout);
     child = fork();
     if (child == 0)
@@ -99,10 +98,6 @@ int main(int argc, char **argv)
         fputs("no such luck\033[2J\n", stderr);
         return 1;
     }
-    while (is("flood") && write(1, block, sizeof block) > 0)
-        ;
-    while (is("grumble") && write(2, block, sizeof block) > 0)
-        ;
     if (is("hang"))
         pause();
     if (is("rubbish"))
@@ -118,6 +113,13 @@ int main(int argc, char **argv)
             return puts(answers[at][1]) < 0;
     if (is("crash"))
         abort();
+    if (is("flood") || is("grumble")) {
+        close(IMAGE); /* it has seen enough: now it is to answer */
+        if (is("grumble"))
+            close(1);
+        while (write(is("flood") ? 1 : 2, block, sizeof block) > 0)
+            ;
+    }
     if (is("overwrite")) {
         request(1, 0, sizeof block);
         send_all(block, sizeof block);
