@@ -87,6 +87,11 @@ _CLONE_THREAD: Final = 0x00010000  # <linux/sched.h>
 # Their numbers, and which argument, from 0, is their flags. With MSG_FASTOPEN they connect, see tcp(7): shutdown(2)
 # disconnects a listener, then one sendto(2) takes it anywhere.
 _SEND: Final = {"sendmmsg": (307, 269, 3), "sendmsg": (46, 211, 2), "sendto": (44, 206, 3)}
+# Of a tap's descriptor: each changes the interface on the host, and no capability is asked for. SIOCSIFHWADDR gives it
+# another's address, which its bridge then takes for its own; TUNSETPERSIST has it outlive its guest. drivers/net/tun.c;
+# TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNSETLINK, TUNSETGROUP.
+_IOCTL: Final = (16, 29)
+_IOCTLS: Final = (0x8924, 0x400454CA, 0x400454CB, 0x400454CC, 0x400454CD, 0x400454CE)
 _MSG_FASTOPEN: Final = 0x20000000  # <linux/socket.h>
 _ARCHES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, <linux/audit.h>
 _X32: Final = 0x40000000  # __X32_SYSCALL_BIT: the same calls by other numbers, x86_64 only
@@ -137,6 +142,9 @@ def program(processor: str, *, network: bool, isolates: bool = False) -> str:
     ]
     code.append((_JUMP_IF_EQUAL, "lack", 0, _CLONE3[column]))
     code += _by_flag(_CLONE[column], 0, _CLONE_THREAD, there="allow", missing="deny")  # missing: it makes a process
+    code += [(_JUMP_IF_EQUAL, 0, len(_IOCTLS) + 1, _IOCTL[column]), (_LOAD, 0, 0, _ARGUMENTS + 8)]
+    code += [(_JUMP_IF_EQUAL, "deny", 0, request) for request in _IOCTLS]
+    code.append((_LOAD, 0, 0, _NUMBER))
     if not network:
         for send in _SEND.values():
             code += _by_flag(send[column], send[2], _MSG_FASTOPEN, there="deny", missing="allow")

@@ -50,6 +50,36 @@ apply.load_filter(steps.Filter(program=sys.argv[2]), None)
 os.execve(program, [program, "--victim", str(victim), *words], {})
 """
 
+# A tap is made, then the filter loaded; what the tap's descriptor can still be asked to do. <linux/if_tun.h>
+TAP = """
+import errno, fcntl, os, struct, sys
+sys.path.append(sys.argv[1])
+from depriv import steps
+from depriv.jail import apply
+fd = os.open("/dev/net/tun", os.O_RDWR)
+named = struct.pack("16sH22x", b"tap0", 0x5002)
+fcntl.ioctl(fd, 0x400454CA, named)
+apply.load_filter(steps.Filter(program=sys.argv[2]), None)
+address = struct.pack("16sH6s16x", b"tap0", 1, b"\\x00\\x16\\x3e\\x00\\x00\\x01")
+for name, request, argument in (
+    ("TUNGETIFF", 0x800454D2, bytes(40)),
+    ("TUNGETFEATURES", 0x800454CF, bytes(4)),
+    ("TUNSETOFFLOAD", 0x400454D0, 0),
+    ("TUNSETSNDBUF", 0x400454D4, struct.pack("i", 1 << 20)),
+    ("SIOCSIFHWADDR", 0x8924, address),
+    ("TUNSETOWNER", 0x400454CC, 0),
+    ("TUNSETGROUP", 0x400454CE, 0),
+    ("TUNSETLINK", 0x400454CD, 1),
+    ("TUNSETIFF", 0x400454CA, named),
+    ("TUNSETPERSIST", 0x400454CB, 1),
+):
+    try:
+        fcntl.ioctl(fd, request, argument)
+        print(name, "ok")
+    except OSError as error:
+        print(name, errno.errorcode[error.errno])
+"""
+
 # A server with a listener that it was given, the third word; prints what it still can do with it, and what not.
 SERVER = """
 import os, socket, sys, threading
@@ -188,6 +218,21 @@ def test_listener_that_is_handed_in_serves_and_can_be_turned_nowhere_else() -> N
     assert server(OWN) == {"serve": "ok", "again": "ok", **dict.fromkeys(refused, str(errno.EPERM))}
     # To itself: refused by who is there, not by the filter.
     assert server(ALLOW_ALL)["fastopen"] == str(errno.ECONNREFUSED)
+
+
+@pytest.mark.parametrize("text", [OWN, NETWORK, ALLOW_ALL], ids=["own", "network", "control"])
+def test_descriptor_of_a_tap_changes_nothing_of_the_hosts_interface(text: str) -> None:
+    words = ["unshare", "--net", sys.executable, "-I", "-S", "-c", TAP, SOURCE, text]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+    said = dict(line.split(" ") for line in done.stdout.splitlines())
+    # What QEMU does with a tap that it is handed: net/tap-linux.c, QEMU 7.2.
+    assert {said.pop(name) for name in ("TUNGETIFF", "TUNGETFEATURES", "TUNSETOFFLOAD", "TUNSETSNDBUF")} == {"ok"}
+    control = text == ALLOW_ALL
+    # The kernel itself refuses to attach once more (EINVAL) and another kind of link while it is up.
+    for name in ("SIOCSIFHWADDR", "TUNSETPERSIST", "TUNSETOWNER", "TUNSETGROUP"):
+        assert said.pop(name) == ("ok" if control else "EPERM")
+    assert set(said) == {"TUNSETIFF", "TUNSETLINK"}
+    assert ("EPERM" in said.values()) != control
 
 
 def test_jail_loads_one_filter_that_every_thread_has_for_good(ground: Ground) -> None:

@@ -8,22 +8,26 @@ import json
 import os
 import struct
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support import build, guests
+from tests.support.guests import CommandLine
+from tests.support.host import living
+from tests.support.launch import wait_for
 
 from depriv import foreground, imageprobe, lifecycle
 from depriv.detect import find_program, look_at
 from depriv.errors import ConfigError, JailError
+from depriv.identity import tool_domid
 from depriv.qemu.draft import Allowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-    from tests.support.guests import CommandLine
 
     from depriv.api import Toolstack
     from depriv.qemu.draft import Request
@@ -120,6 +124,28 @@ def test_raw_disk_into_which_its_guest_wrote_a_header_leads_to_no_other_file(tmp
     with pytest.raises(ConfigError, match="is based on another image") as caught:
         understood(f"file={path}", cwd=tmp_path)
     assert str(secret) in caught.value.cause
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_command_that_is_killed_while_qemu_img_hangs_leaves_nothing(uids: range, tmp_path: Path) -> None:
+    path = image(tmp_path / "disk", "qcow2")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        hangs = build.compiled("evil_img.c", Path(folder), ("hang", ""))
+        hangs.chmod(0o755)
+        depriv = CommandLine(bind=(str(hangs), "/usr/bin/qemu-img"))
+        try:
+            command = depriv.start("run", "--probe-format", "--", *QEMU, "-drive", f"file={path}")
+            base = uids.start - guests.DOMIDS.start
+            tools = range(base + tool_domid(guests.DOMIDS.stop - 1), base + tool_domid(guests.DOMIDS.start) + 1)
+            assert wait_for(lambda: len(living(tools)) > 0)  # qemu-img, as the domain's tools run
+            command.kill()
+            command.communicate()
+            assert wait_for(lambda: living(tools) == ())
+            depriv.run("gc")
+            assert depriv.rows() == []
+        finally:
+            depriv.close()
 
 
 @pytest.mark.parametrize("version", [2, 3, 0xFFFFFFFF])
