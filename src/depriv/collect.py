@@ -26,6 +26,8 @@ from depriv.spawn import Jail
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from depriv.entry import Entry
     from depriv.registry import Registry
 
@@ -334,6 +336,31 @@ def tidy(registry: Registry, cache_dir: str, *, name: str = "") -> tuple[Done, .
     if is_swept(registry, done):
         registry.mark_seen()
     return done
+
+
+@contextlib.contextmanager
+def tidy_when_cut_short(registry: Registry, cache_dir: str) -> Generator[None]:
+    """Clear what is left when a signal (Ctrl-C, SIGTERM) ends a start between two steps, where neither undoes it."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        let_go(error)
+        tidy(registry, cache_dir)
+        raise
+
+
+def let_go(error: BaseException) -> None:
+    """Have the frames that an exception came through let go of what they hold.
+
+    A signal's can come where a lock is taken and no ``with`` knows of it yet: until the frame is gone nobody gets it,
+    this process neither.
+    """
+    if not isinstance(error, Exception):
+        import traceback  # noqa: PLC0415 (not on the path of create)
+
+        traceback.clear_frames(error.__traceback__)
 
 
 def remove_empty_folders(registry: Registry) -> None:

@@ -16,7 +16,7 @@ import stat
 import time
 from select import POLLIN, poll
 
-from depriv import detect, launching, lifecycle
+from depriv import collect, detect, launching, lifecycle
 from depriv.audit import KIND_OF_MODE
 from depriv.cgroup import folder_name
 from depriv.config import Note, fit_name
@@ -366,6 +366,11 @@ def _refuse_unnamed(request: Request) -> None:
 
 def supervise(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:
     """Start a wish and see it to its end; return QEMU's exit status, as ``run_words`` does."""
+    with collect.tidy_when_cut_short(registry, cache_dir):
+        return _supervised(wish, registry, cache_dir=cache_dir, paused=paused, say=say)
+
+
+def _supervised(wish: Wish, registry: Registry, *, cache_dir: str, paused: bool, say: Callable[[str], None]) -> int:
     stdio = wish.request.stdio and not wish.request.daemonize
     with _leaving_on_signals(), Terminal(used=stdio), Input(used=stdio) as given, wish.opened, Jail() as jail:
         started = lifecycle.start(

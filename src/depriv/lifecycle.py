@@ -157,7 +157,7 @@ def start(  # noqa: PLR0913 (as above)
         raise PlanError("only root can start a domain", fix="run it with sudo; `depriv plan` needs no root")
     registry.prepare()
     ready = jail or Jail()
-    with contextlib.ExitStack() as kept:
+    with collect.tidy_when_cut_short(registry, cache_dir), contextlib.ExitStack() as kept:
         kept.enter_context(ready)
         _make_room(wish.name, registry, cache_dir, warn)
         for attempts_left in (2, 1, 0):
@@ -242,6 +242,7 @@ def _start(  # noqa: PLR0913 (what one start is made of)
                 with registry.locked():
                     registry.remove(instead.domid)
         except BaseException as error:
+            collect.let_go(error)
             try:
                 jail.__exit__()
             finally:
