@@ -488,7 +488,8 @@ def test_process_with_only_the_gid_is_reported_and_lives(hostile: Run, gids: str
             os.setresuid(B, B, B)
             while True:
                 signal.pause()
-        until(lambda: survivors(A, A) != [])
+        waits = lambda: open(f"/proc/{{other}}/stat").read().rpartition(") ")[2][0] == "S"
+        until(lambda: survivors(A, A) != [] and waits())
         target = start(A, wait)
         number, elapsed, text = refusal(STEP.replace(timeout_ms=300))
         named = f"1 still alive: {{other}} (S) by gid, with another uid:" in text

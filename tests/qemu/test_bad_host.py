@@ -231,7 +231,7 @@ def test_qemu_that_never_answers_is_ended_at_the_deadline(
     unchanged: None, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del unchanged
-    monkeypatch.setattr(launching, "START_TIMEOUT_S", 0.5)  # the figure alone: nobody waits for a minute
+    monkeypatch.setattr(launching, "START_TIMEOUT_S", 1.5)  # the figure alone: nobody waits for a minute
     program = compiled(programs, "qemu-silent", SILENT)
     state = seeded(tmp_path / "state")
     host = Toolstack(state_dir=str(state), cache_dir=str(tmp_path / "cache"))

@@ -164,6 +164,7 @@ class Started:
         words = shlex.split(line)
         self.program = words.pop(0) if words[0].startswith("qemu-system-") else "qemu-system-x86_64"
         self.daemonize = "-daemonize" in words
+        self._stands = "-S" in words
         with (folder / "stderr").open("wb") as stderr, (folder / "stdout").open("wb") as stdout:
             self.process = subprocess.Popen(
                 argv_in(folder, depriv, "run", *options, "--", self.program, *words),
@@ -210,7 +211,7 @@ class Started:
         return (self.folder / "stderr").read_text(errors="replace")
 
     def await_running(self) -> dict[str, Any]:
-        """Return its entry once the guest may run."""
+        """Return its entry once the guest runs, or stands because its line says so."""
 
         def there() -> bool:
             ended = self.process.poll()
@@ -218,6 +219,9 @@ class Started:
             return bool(running(self.depriv)) and not (self.daemonize and ended is None)
 
         _await(there, "it runs", self.said)
+        # Written down is that it may run, a moment before it is let: who ends QEMU there has a start fail.
+        if not self._stands:
+            _await(lambda: self.depriv.rows()[0]["state"] not in ("paused", "hung"), "it has been let run", self.said)
         return running(self.depriv)
 
     def end(self, how: str) -> int:
