@@ -106,8 +106,11 @@ def _format(facts: FileFacts, entry: Entry, registry: Registry, cache_dir: str) 
         )
         try:
             _refuse_unconfined(tool, host, errors, deadline)
-            Export(ours, image, facts.size, deadline=deadline).serve()
+            export = Export(ours, image, facts.size, deadline=deadline)
+            export.serve()
             ours.close()
+            if not export.heard:
+                raise _ended(errors, deadline)
             answer = _read(output, _ANSWER_BYTES_MAX, deadline)
             return _format_in(answer, _said(errors, deadline).replace(image_words(), facts.path), facts)
         except ValueError as error:

@@ -47,6 +47,7 @@ class Export:
         # To whole sectors, the rest zeros: QEMU's client asks for the last byte of an odd size, and awaits 512.
         self._size = -(-size // _SECTOR) * _SECTOR
         self._deadline = deadline
+        self.heard = False  # the client has said something
 
     def serve(self) -> None:
         """Answer until the client has enough.
@@ -58,6 +59,7 @@ class Export:
         try:
             self._send(_GREETING)
             self._receive(4)  # the client's flags
+            self.heard = True
             if self._negotiate():
                 while self._answer():
                     pass
