@@ -347,7 +347,8 @@ def tidy_when_cut_short(registry: Registry, cache_dir: str) -> Generator[None]:
         raise
     except BaseException as error:
         let_go(error)
-        tidy(registry, cache_dir)
+        with contextlib.suppress(DeprivError):  # else it is gc's; the signal is what the caller is to hear of
+            tidy(registry, cache_dir)
         raise
 
 

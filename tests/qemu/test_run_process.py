@@ -102,7 +102,11 @@ def test_sigterm_behind_any_step_of_a_reservation_undoes_it(
     need(strace is not None, what="strace")
     argv = [str(strace), "-qq", "-o", "/dev/null", *(["-P", path] if path else []), "-e", f"trace={calls}"]
     argv += ["-e", f"inject={calls}:signal=SIGTERM:when={when}", *depriv.argv("run", "--", QEMU, *QUIET)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    # Else the interpreter, which writes what it has compiled, makes folders and renames files, too.
+    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        argv, env=environ, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "Traceback" not in done.stderr
     assert nothing_is_left(depriv)
