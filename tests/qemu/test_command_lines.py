@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.qemu.command_lines import LINES, REFUSED, Line
+from tests.qemu.command_lines import LINES, Line
+from tests.qemu.refused_lines import REFUSED
 from tests.support import guests
 from tests.support.guests import CommandLine
 from tests.support.host import need, settled, snapshot
